@@ -1,0 +1,38 @@
+"""Reverse mode over the whole unroll, each inner step checkpointed: the reference for the other estimators."""
+
+from typing import Any
+
+import jax
+
+from mftjax.metagrad import problem as problem_lib
+
+
+def build(problem: problem_lib.Problem):
+  """`step(meta_params, state, inner_batches, outer_batch, rng) -> Output`, exact.
+
+  Memory grows by one state (params and optimiser state) an inner step; each step is computed twice.
+
+  Source: Griewank and Walther (2008), Section 12.3; `jax.checkpoint`.
+  """
+
+  def step(
+    meta_params: Any, state: problem_lib.State, inner_batches: Any, outer_batch: Any, rng: jax.Array
+  ) -> problem_lib.Output:
+    length = problem_lib.unroll_length(meta_params, inner_batches)
+    inner_rng, outer_rng = jax.random.split(rng)
+    keys = jax.random.split(inner_rng, length)
+
+    def outer_loss(meta_params):
+      @jax.checkpoint
+      def body(state, xs):
+        state, _, loss = problem_lib.inner_step(problem, meta_params, state, *xs)
+        return state, loss
+
+      final, inner_losses = jax.lax.scan(body, state, (inner_batches, keys))
+      return problem.outer_loss(final.params, meta_params, outer_batch, outer_rng), (final, inner_losses)
+
+    (loss, (final, inner_losses)), grad = jax.value_and_grad(outer_loss, has_aux=True)(meta_params)
+    finite = problem_lib.is_finite(loss, grad, inner_losses)
+    return problem_lib.Output(loss, grad, final, {"inner_loss": inner_losses, "is_finite": finite})
+
+  return step

@@ -1,0 +1,16 @@
+"""Arrays that travel between the parts of mftjax."""
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class Batch:
+  """Packed, masked rows of tokens, each row drawn from one source (or one ability)."""
+
+  tokens: jax.Array  # [batch, length] int32
+  loss_mask: jax.Array  # [batch, length] float32, 1 where tokens[b, l] is a target of the loss
+  segment_ids: jax.Array  # [batch, length] int32, 0 = padding, 1.. = the example within the row
+  positions: jax.Array  # [batch, length] int32, restarts at 0 with each segment
+  source: jax.Array  # [batch] int32, index of the source the row was drawn from
+  proposal: jax.Array  # [batch] float32, probability with which that source was drawn
