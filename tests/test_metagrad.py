@@ -53,9 +53,7 @@ def test_mixed_equals_reverse(name):
   params, meta_params, inner, outer = mlp_inputs()
   state = metagrad.init(problem, meta_params, params)
   outputs = {
-    method: jax.jit(metagrad.value_and_grad(problem, method))(
-      meta_params, state, inner, outer, jax.random.key(1)
-    )
+    method: jax.jit(metagrad.value_and_grad(problem, method))(meta_params, state, inner, outer, jax.random.key(1))
     for method in ("mixed", "reverse", "first_order")
   }
   assert relative_error(outputs["mixed"].grad, outputs["reverse"].grad) < 1e-5

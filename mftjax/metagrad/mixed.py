@@ -73,9 +73,7 @@ def _step(
     floats, rebuild = _split_floats(state.opt_state)
 
     def update(params, floats, grads, meta_params):
-      after = problem_lib.update(
-        problem, meta_params, state.replace(params=params, opt_state=rebuild(floats)), grads
-      )
+      after = problem_lib.update(problem, meta_params, state.replace(params=params, opt_state=rebuild(floats)), grads)
       return after.params, _split_floats(after.opt_state)[0]
 
     _, pullback = jax.vjp(update, state.params, floats, grads, meta_params)
@@ -100,8 +98,6 @@ def _split_floats(tree: Any):
 
   def rebuild(floats):
     remaining = iter(floats)
-    return treedef.unflatten(
-      [next(remaining) if use else leaf for use, leaf in zip(is_float, leaves, strict=True)]
-    )
+    return treedef.unflatten([next(remaining) if use else leaf for use, leaf in zip(is_float, leaves, strict=True)])
 
   return [leaf for use, leaf in zip(is_float, leaves, strict=True) if use], rebuild

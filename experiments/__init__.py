@@ -1,0 +1,1 @@
+"""Experiment scripts: read the config, call the library, write the result."""

@@ -1,0 +1,136 @@
+"""Checkpoints of a run: arrays and where the data stood, written whole, the last whole one read back."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from mftjax.errors import InputError
+
+_TORN = ".torn"
+
+
+class Checkpoints:
+  """The checkpoints of one workdir.
+
+  Saving goes on in the background; `close` (or leaving a `with` block) waits for it. Typed PRNG keys are not
+  arrays: store `jax.random.key_data(key)`.
+
+  Args:
+    directory: the folder that holds them; it is made.
+    keep: how many of the newest to keep, at least 1; 2 or more leave one to fall back to.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+    if keep < 1:
+      raise InputError(f"keep must be at least 1, got {keep}.")
+    self._directory = pathlib.Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    self._checkpoints = ocp.CheckpointManager(self._directory, options=options, item_names=("arrays", "data"))
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps there are, oldest first."""
+    return sorted(self._checkpoints.all_steps())
+
+  def save(self, step: int, arrays: Any, data: dict[str, Any]) -> None:
+    """Writes a checkpoint; a step that is there already is left as it is.
+
+    Args:
+      step: the number of steps done, larger than that of any checkpoint before.
+      arrays: pytree of jax or numpy arrays.
+      data: JSON-able: where the data stood, counters.
+    """
+    if step in self._checkpoints.all_steps():
+      return
+    args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data))
+    self._checkpoints.save(step, args=args, force=True)
+
+  def restore(self, arrays_like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+    """Reads the last whole checkpoint.
+
+    A torn one (files missing or cut) is skipped with a warning and renamed to `STEP.torn`, so that the run can
+    write that step again.
+
+    Args:
+      arrays_like: pytree with the structure, shapes, dtypes and shardings of what was saved; arrays or
+        `jax.ShapeDtypeStruct`.
+      step: read this one and no other.
+
+    Returns:
+      (step, arrays, data), or None when there is no checkpoint.
+
+    Raises:
+      InputError: there are checkpoints, but none is whole and fits `arrays_like`; or not the one asked for.
+    """
+    self._checkpoints.wait_until_finished()
+    steps = sorted(self._checkpoints.all_steps(), reverse=True)
+    if step is not None:
+      if step not in steps:
+        raise InputError(f"{self._directory}: no checkpoint of step {step}; there are: {steps or 'none'}.")
+      steps = [step]
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays_like)
+    args = ocp.args.Composite(arrays=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+    torn: list[int] = []
+    cause: Exception | None = None
+    for candidate in steps:
+      try:
+        restored = self._checkpoints.restore(candidate, args=args)
+        arrays, data = restored["arrays"], restored["data"]
+        if data is None or arrays is None:
+          raise ValueError("a part of it is missing")
+        jax.block_until_ready(arrays)
+      except Exception as error:  # what orbax raises depends on which file is damaged
+        logging.warning(
+          "Checkpoint of step %d in %s is torn or does not fit: %s",
+          candidate,
+          self._directory,
+          _first_line(error),
+        )
+        torn.append(candidate)
+        cause = cause or error
+        continue
+      self._set_aside(torn)
+      return candidate, arrays, data
+    if cause is not None:
+      raise InputError(
+        f"{self._directory}: no checkpoint of {steps} can be read. Of step {steps[0]}: {_first_line(cause)}. "
+        "Give another workdir, or delete this folder to start again."
+      ) from cause
+    return None
+
+  def close(self) -> None:
+    """Waits until everything is written."""
+    self._checkpoints.wait_until_finished()
+    self._checkpoints.close()
+
+  def _set_aside(self, torn: list[int]) -> None:
+    # Orbax never saves a step that is not newer than what it finds, so a torn one would block the run.
+    if not torn:
+      return
+    if jax.process_index() == 0:
+      for step in torn:
+        source = self._directory / str(step)
+        target = source.with_name(f"{step}{_TORN}")
+        number = 1
+        while target.exists():
+          number += 1
+          target = source.with_name(f"{step}{_TORN}{number}")
+        source.rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("mftjax_torn_checkpoints")
+    self._checkpoints.reload()
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""The runs: meta-training, prediction, fine-tuning, evaluation."""

@@ -1,0 +1,130 @@
+"""Fine-tuning by a recipe, with the step that meta-training differentiates."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors.numpy
+from absl import logging
+
+from mftjax import checkpoint, command, errors, metagrad, models, recipe, sft, tracking
+from mftjax import config as config_lib
+from mftjax.data import mixture
+from mftjax.loops import meta_train, predict
+from mftjax.loops import task as task_lib
+
+
+def read_recipe(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: str) -> tuple[str, dict[str, Any]]:
+  """The name of the run and its recipe.
+
+  Args:
+    given: `default`, or the path of a recipe; empty is the workdir's own `recipe.json`.
+
+  Raises:
+    InputError: no such recipe, or one that names other sources or hyperparameters.
+  """
+  if given == "default":
+    return "default", predict.default_recipe(config)
+  path = pathlib.Path(given) if given else workdir / "recipe.json"
+  if not given and not path.exists():
+    raise errors.InputError(f"{path} does not exist: run experiments.predict there first, or give --recipe.")
+  found = recipe.load(path)
+  for name in found["mixture"]:
+    if name not in config.sources:
+      raise errors.unknown_name(f"source in {path}", name, config.sources)
+  for name in found["hyperparameters"]:
+    if name not in (*sft.DEFAULTS, "batch_size", "num_steps"):
+      raise errors.unknown_name(f"hyperparameter in {path}", name, (*sft.DEFAULTS, "batch_size", "num_steps"))
+  return ("learnt" if path == workdir / "recipe.json" else path.stem), found
+
+
+def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: str) -> pathlib.Path:
+  """Train by a recipe and export the model; returns `WORKDIR/finetune/NAME/model`.
+
+  Raises:
+    InputError: recipe, data, model or workdir do not fit; before anything is written.
+    MftError: the training loss is not finite.
+  """
+  command.check_workdir(config, workdir)
+  name, found = read_recipe(config, workdir, given)
+  network, tokenizer = task_lib.build_network(config)
+  rows = task_lib.source_rows(config, tokenizer)
+  names = task_lib.names(config.sources)
+  weights = np.asarray([found["mixture"].get(source, 0.0) for source in names], np.float64)
+  proposal = mixture.proposal(weights, 0.0)
+  values = dict(found["hyperparameters"])
+  batch_size = int(values.pop("batch_size", config.batch_size))
+  num_steps = int(values.pop("num_steps", config_lib.num_steps(config)))
+  stream = mixture.Stream(rows, batch_size, config.seed + 2)
+  learned = meta_train.restore(config, network, workdir) if name == "learnt" and network.memory is not None else None
+  memory = learned[1].meta_params["memory"] if learned else network.memory
+  command.claim_workdir(config, workdir)
+  folder = workdir / "finetune" / name
+  folder.mkdir(parents=True, exist_ok=True)
+  recipe.save(found, folder / "recipe.json")
+
+  # Rows are drawn from the mixture itself, so every importance weight is 1.
+  meta_params = {
+    "hyperparameters": {key: jnp.float32(value) for key, value in values.items()},
+    "mixture_logits": jnp.log(jnp.maximum(jnp.asarray(proposal, jnp.float32), 1e-30)),
+    "memory": memory,
+  }
+
+  def build_problem(frozen):
+    apply = functools.partial(network.apply, frozen)
+    return metagrad.Problem(
+      inner_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
+      outer_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
+      optimizer=lambda meta_params: sft.optimizer(meta_params["hyperparameters"], num_steps),
+    )
+
+  @jax.jit
+  def train_step(frozen, meta_params, state, batch, rng):
+    state, _, loss = metagrad.inner_step(build_problem(frozen), meta_params, state, batch, rng)
+    return state, loss
+
+  state, start = metagrad.init(build_problem(network.frozen), meta_params, network.params), 0
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+  resumed = checkpoints.restore(task_lib.pure(state))
+  if resumed:
+    start, state = resumed[0], task_lib.unpure(state, resumed[1])
+    stream.restore(resumed[2]["stream"])
+    logging.warning("Going on from step %d in %s.", start, folder)
+  phase = f"finetune/{name}"
+  tracking.truncate(workdir / "metrics.jsonl", phase, start)
+  tracker = tracking.Tracker(
+    workdir,
+    num_steps,
+    title=f"fine-tune ({name})",
+    name=phase,
+    start_step=start,
+    tokens_per_step=batch_size * config.length,
+  )
+  with tracker:
+    for step in range(start, num_steps):
+      key = jax.random.fold_in(jax.random.key(config.seed), step)
+      state, loss = train_step(network.frozen, meta_params, state, stream.next(proposal), key)
+      if not np.isfinite(float(loss)):
+        raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")
+      tracker.log(step + 1, {"loss": float(loss)})
+      if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
+        checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
+  checkpoints.close()
+  return _export(network, tokenizer, state.params, memory, folder / "model")
+
+
+def _export(network: task_lib.Network, tokenizer: Any, params: Any, memory: Any, folder: pathlib.Path) -> pathlib.Path:
+  """Write the model in transformers' format, the LoRA merged; the memory beside it, in a file of its own."""
+  model = network.merge(network.frozen, params, memory)
+  models.lora.merge(model)
+  if memory is not None:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {key: np.asarray(leaf) for key, leaf in task_lib.pure(memory).items()}
+    safetensors.numpy.save_file(arrays, folder / "memory.safetensors")
+    model.memory = None
+  models.save(model, tokenizer, folder)
+  return folder

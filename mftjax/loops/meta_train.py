@@ -1,0 +1,213 @@
+"""Meta-training of the direct learner: one task's own hyperparameters, mixture logits and memory slots."""
+
+import functools
+import pathlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+
+from mftjax import checkpoint, command, errors, metagrad, objectives, sft, tracking
+from mftjax import config as config_lib
+from mftjax.data import mixture
+from mftjax.loops import task as task_lib
+
+
+@flax.struct.dataclass
+class OuterState:
+  """All that an outer step changes on the device."""
+
+  meta_params: dict[str, Any]  # hyperparameters {name: f32}, mixture_logits [num_sources], memory
+  opt_state: Any  # of the outer optimiser
+  inner: metagrad.State  # the inner run that windows are cut from
+
+
+def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, frozen: Any) -> metagrad.Problem:
+  """The bilevel problem of one task: SFT inside, the mean over abilities outside."""
+  space = config_lib.space(config)
+  fixed = config_lib.default_hyperparameters(config)
+  apply = functools.partial(network.apply, frozen)
+  weights = task_lib.ability_weights(config)
+
+  def outer_loss(params, meta_params, batch, rng):
+    losses, _ = sft.row_losses(apply(params, meta_params["memory"], batch), batch)
+    return objectives.weighted_mean(sft.source_means(losses, batch, len(weights)), jnp.asarray(weights))
+
+  def optimizer(meta_params):
+    values = {**fixed, **space.constrained(meta_params["hyperparameters"])}
+    return sft.optimizer(values, config_lib.num_steps(config))
+
+  return metagrad.Problem(
+    inner_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
+    outer_loss=outer_loss,
+    optimizer=optimizer,
+  )
+
+
+def init_meta_params(config: ml_collections.ConfigDict, network: task_lib.Network) -> dict[str, Any]:
+  """Uniform mixture, common hyperparameters, a memory that is the identity."""
+  return {
+    "hyperparameters": config_lib.space(config).init(config_lib.initial_hyperparameters(config)),
+    "mixture_logits": jnp.zeros(len(config.sources), jnp.float32),
+    "memory": network.memory,
+  }
+
+
+def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """Adam after clipping, with a learning rate of its own for the memory."""
+  rates = {"learner": config.meta.learning_rate, "memory": config.meta.memory_learning_rate}
+  memory_only = lambda name: lambda _: "memory" if name == "memory" else "learner"
+  labels = lambda meta_params: {name: jax.tree.map(memory_only(name), part) for name, part in meta_params.items()}
+  return optax.chain(
+    optax.clip_by_global_norm(config.meta.clip_norm),
+    optax.partition({name: optax.adam(rate, b1=0.9, b2=0.99) for name, rate in rates.items()}, labels),
+  )
+
+
+def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Network):
+  """`(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng) -> (state, metrics)`, jitted.
+
+  A step whose loss or meta-gradient is not finite leaves meta-parameters and inner run as they were.
+  """
+  outer = outer_optimizer(config)
+
+  @jax.jit
+  def outer_step(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng):
+    problem = build_problem(config, network, frozen)
+    fresh = metagrad.init(problem, state.meta_params, fresh_params)
+    inner = jax.tree.map(lambda new, old: jnp.where(is_fresh, new, old), fresh, state.inner)
+    out = metagrad.value_and_grad(problem, config.meta.method)(
+      state.meta_params, inner, inner_batches, outer_batch, rng
+    )
+    updates, opt_state = outer.update(out.grad, state.opt_state, state.meta_params)
+    after = OuterState(optax.apply_updates(state.meta_params, updates), opt_state, out.state)
+    is_finite = out.metrics["is_finite"]
+    after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state.replace(inner=inner))
+    losses, _ = sft.row_losses(
+      network.apply(frozen, out.state.params, state.meta_params["memory"], outer_batch), outer_batch
+    )
+    metrics = {
+      "outer_loss": out.loss,
+      "inner_loss": jnp.mean(out.metrics["inner_loss"]),
+      "grad_norm": optax.global_norm(out.grad),
+      "ability_loss": sft.source_means(losses, outer_batch, len(config.abilities)),
+      "is_finite": is_finite,
+    }
+    return after, metrics
+
+  return outer_step
+
+
+def readable(config: ml_collections.ConfigDict, meta_params: Any) -> tuple[dict[str, float], dict[str, float]]:
+  """The hyperparameters and the mixture that the meta-parameters stand for, by name."""
+  values = config_lib.space(config).constrained(meta_params["hyperparameters"])
+  weights = np.asarray(jax.nn.softmax(meta_params["mixture_logits"]), np.float64)
+  names = task_lib.names(config.sources)
+  return (
+    {name: float(value) for name, value in values.items()},
+    {name: float(weight) for name, weight in zip(names, weights / weights.sum(), strict=True)},
+  )
+
+
+def init_state(config: ml_collections.ConfigDict, network: task_lib.Network) -> OuterState:
+  """The state before the first outer step."""
+  meta_params = init_meta_params(config, network)
+  problem = build_problem(config, network, network.frozen)
+  inner = metagrad.init(problem, meta_params, network.params)
+  return OuterState(meta_params, outer_optimizer(config).init(meta_params), inner)
+
+
+def restore(config: ml_collections.ConfigDict, network: task_lib.Network, workdir: pathlib.Path):
+  """`(step, OuterState, data)` of the newest whole checkpoint, or None if there is none."""
+  if not (workdir / "checkpoints").is_dir():
+    return None
+  state = init_state(config, network)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  found = checkpoints.restore(task_lib.pure(state))
+  checkpoints.close()
+  return found and (found[0], task_lib.unpure(state, found[1]), found[2])
+
+
+def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Run the outer steps that are still to do; writes checkpoints and `metrics.jsonl` into the workdir.
+
+  Raises:
+    InputError: data, model or workdir do not fit; before anything is written.
+    MftError: `meta.max_skipped` outer steps in a row were not finite; the batch that did it is in the workdir.
+  """
+  command.check_workdir(config, workdir)
+  network, tokenizer = task_lib.build_network(config)
+  rows = task_lib.source_rows(config, tokenizer)
+  held_out = task_lib.ability_rows(config, tokenizer)
+  num_abilities, length = len(config.abilities), config.meta.unroll_length
+  stream = mixture.Stream(rows, config.batch_size, config.seed)
+  ability_stream = mixture.Stream(held_out, num_abilities * config.meta.ability_rows, config.seed + 1)
+  uniform = np.full(num_abilities, 1 / num_abilities)
+  command.claim_workdir(config, workdir)
+
+  state, start = init_state(config, network), 0
+  found = restore(config, network, workdir)
+  if found:
+    start, state, data = found
+    stream.restore(data["stream"])
+    ability_stream.restore(data["ability_stream"])
+    logging.warning("Going on from outer step %d in %s.", start, workdir)
+  tracking.truncate(workdir / "metrics.jsonl", "meta_train", start)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  outer_step = build_outer_step(config, network)
+  inner_steps_done, skipped = int(state.inner.step), 0
+  tokens_per_step = length * config.batch_size * config.length
+  tracker = tracking.Tracker(
+    workdir,
+    config.meta.outer_steps,
+    title="meta-train",
+    name="meta_train",
+    start_step=start,
+    tokens_per_step=tokens_per_step,
+  )
+  with tracker:
+    for step in range(start, config.meta.outer_steps):
+      weights = np.asarray(jax.nn.softmax(state.meta_params["mixture_logits"]), np.float64)
+      proposal = mixture.proposal(weights, config.meta.uniform_fraction)
+      inner_batches = task_lib.stack([stream.next(proposal) for _ in range(length)])
+      outer_batch = ability_stream.next(uniform)
+      # Fresh starts at random moments, so that windows see every part of a run of num_steps.
+      horizon = config_lib.num_steps(config)
+      chance = np.random.default_rng([config.seed, step]).random() < length / horizon
+      is_fresh = chance or inner_steps_done + length > horizon
+      key = jax.random.fold_in(jax.random.key(config.seed), step)
+      state, metrics = outer_step(network.frozen, state, network.params, is_fresh, inner_batches, outer_batch, key)
+      inner_steps_done = int(state.inner.step)
+      skipped = 0 if bool(metrics["is_finite"]) else skipped + 1
+      if skipped:
+        logging.warning("Outer step %d is not finite and was skipped.", step)
+      tracker.log(step + 1, _line(config, state, metrics, skipped))
+      if skipped >= config.meta.max_skipped:
+        path = workdir / "non_finite_batch.npz"
+        np.savez(path, **task_lib.pure({"inner": inner_batches, "outer": outer_batch}))
+        raise errors.MftError(f"{skipped} outer steps in a row were not finite; the last batch is in {path}.")
+      if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
+        data = {"stream": stream.state(), "ability_stream": ability_stream.state()}
+        checkpoints.save(step + 1, task_lib.pure(state), data)
+  checkpoints.close()
+
+
+def _line(config: ml_collections.ConfigDict, state: OuterState, metrics: Any, skipped: int) -> dict[str, Any]:
+  hyperparameters, weights = readable(config, state.meta_params)
+  losses = np.asarray(metrics["ability_loss"])
+  return {
+    "loss": float(metrics["outer_loss"]),
+    "outer_loss": float(metrics["outer_loss"]),
+    "inner_loss": float(metrics["inner_loss"]),
+    "grad_norm": float(metrics["grad_norm"]),
+    "inner_step": int(state.inner.step),
+    "skipped": skipped,
+    "hyperparameters": hyperparameters,
+    "mixture": weights,
+    "ability_loss": dict(zip(task_lib.names(config.abilities), map(float, losses), strict=True)),
+  }

@@ -1,0 +1,81 @@
+"""The recipe that meta-training came to, as a file that any trainer can use."""
+
+import importlib.metadata
+import pathlib
+import subprocess
+from typing import Any
+
+import ml_collections
+
+from mftjax import command, errors, recipe
+from mftjax import config as config_lib
+from mftjax.loops import meta_train
+from mftjax.loops import task as task_lib
+
+_PACKAGES = ("jax", "flax", "optax", "transformers", "mftjax")
+
+
+def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """Write `recipe.json` from the newest checkpoint; returns its path.
+
+  Raises:
+    InputError: nothing was meta-trained in this workdir.
+  """
+  command.check_workdir(config, workdir)
+  network, _ = task_lib.build_network(config)
+  found = meta_train.restore(config, network, workdir)
+  if found is None:
+    raise errors.InputError(f"{workdir} holds no checkpoint: run experiments.meta_train there first.")
+  step, state, _ = found
+  learned, weights = meta_train.readable(config, state.meta_params)
+  lines = [line for line in meta_train.tracking.read(workdir / "metrics.jsonl") if line["phase"] == "meta_train"]
+  path = workdir / "recipe.json"
+  recipe.save(
+    {
+      "format": recipe.FORMAT,
+      "task": config.task,
+      "model": config.model.path or "random",
+      "hyperparameters": {**config_lib.default_hyperparameters(config), **learned, **run_length(config)},
+      "mixture": weights,
+      "predicted": {"ability_loss": lines[-1]["ability_loss"], "outer_steps": step},
+      "provenance": provenance(config),
+    },
+    path,
+  )
+  return path
+
+
+def default_recipe(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What one would take without learning: uniform mixture, common hyperparameters, the same budget."""
+  names = task_lib.names(config.sources)
+  return {
+    "format": recipe.FORMAT,
+    "task": config.task,
+    "model": config.model.path or "random",
+    "hyperparameters": {**config_lib.default_hyperparameters(config), **run_length(config)},
+    "mixture": {name: 1 / len(names) for name in names},
+    "predicted": {},
+    "provenance": provenance(config),
+  }
+
+
+def run_length(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """The budget in the recipe's words."""
+  return {"batch_size": config.batch_size, "num_steps": config_lib.num_steps(config)}
+
+
+def provenance(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Where a recipe comes from: config, seed, versions, git commit (None outside a checkout)."""
+  git = subprocess.run(
+    ["git", "rev-parse", "HEAD"],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parent,
+    check=False,
+  )
+  return {
+    "config": config.task,
+    "seed": config.seed,
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "git": git.stdout.strip() or None,
+  }

@@ -1,0 +1,155 @@
+"""What a config names, made: the model split into what is trained and what is not, and the rows of data."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from mftjax import errors, models, types
+from mftjax.data import sources, tokens
+
+# Fields of an ability that say how it is measured, not where its examples are read from.
+_ABILITY_FIELDS = ("weight", "test_path", "test_split")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A model taken apart, so that pure functions can put it together again."""
+
+  graphdef: Any  # structure of the modules
+  params: nnx.State  # what the inner step trains: LoRA, or all but the memory
+  memory: nnx.State | None  # the memory's slots, None without memory
+  frozen: nnx.State  # everything else
+
+  def apply(self, frozen: nnx.State, params: nnx.State, memory: nnx.State | None, batch: types.Batch) -> jax.Array:
+    """Logits `[batch, length, vocab]` of the batch's tokens."""
+    return self.merge(frozen, params, memory)(batch.tokens, batch.segment_ids, batch.positions)
+
+  def merge(self, frozen: nnx.State, params: nnx.State, memory: nnx.State | None) -> models.Decoder:
+    """The model with these parameters."""
+    return nnx.merge(self.graphdef, memory if memory is not None else nnx.State({}), params, frozen)
+
+
+def load_model(config: ml_collections.ConfigDict) -> tuple[models.Decoder, Any]:
+  """The base model of the config and its tokenizer, without LoRA or memory."""
+  dtype = jnp.dtype(config.model.dtype)
+  if config.model.path:
+    model, tokenizer = models.load(config.model.path, config.model.gguf_file or None, dtype)
+  else:
+    tokenizer = tokens.char_tokenizer()
+    if config.model.hidden_size % config.model.num_heads:
+      raise errors.InputError(
+        f"config.model.hidden_size = {config.model.hidden_size} does not divide by "
+        f"config.model.num_heads = {config.model.num_heads}."
+      )
+    shape = models.DecoderConfig(
+      family="llama",
+      vocab_size=len(tokenizer),
+      hidden_size=config.model.hidden_size,
+      intermediate_size=4 * config.model.hidden_size,
+      num_layers=config.model.num_layers,
+      num_heads=config.model.num_heads,
+      num_kv_heads=config.model.num_heads,
+      head_dim=config.model.hidden_size // config.model.num_heads,
+      rope_theta=10_000.0,
+      norm_eps=1e-5,
+      tie_embeddings=True,
+      attention_bias=False,
+      max_length=max(config.length, 256),
+      remat=False,
+      dtype=dtype,
+    )
+    model = models.Decoder(shape, rngs=nnx.Rngs(config.seed))
+  if config.model.remat:
+    model.config = dataclasses.replace(model.config, remat=True)
+  return model, tokenizer
+
+
+def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> None:
+  """Give the model the config's memory, if there is one."""
+  if config.memory.num_slots:
+    memory = models.Memory(
+      config.memory.num_slots,
+      model.config.hidden_size,
+      config.memory.key_dim,
+      config.memory.num_heads,
+      rngs=nnx.Rngs(config.seed + 1),
+    )
+    model.attach_memory(memory, tuple(config.memory.layers))
+
+
+def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
+  """The model with its LoRA and memory, taken apart, and its tokenizer."""
+  model, tokenizer = load_model(config)
+  attach_memory(model, config)
+  if config.lora.rank:
+    rngs = nnx.Rngs(config.seed + 2)
+    models.lora.add(model, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs)
+  trained = models.lora.LoRAParam if config.lora.rank else nnx.Param
+  parts: Any = nnx.split(model, models.MemoryParam, trained, ...)
+  graphdef, memory, params, frozen = parts
+  return Network(graphdef, params, memory if config.memory.num_slots else None, frozen), tokenizer
+
+
+def source_rows(config: ml_collections.ConfigDict, tokenizer: Any) -> list[tokens.Rows]:
+  """Training rows of each source, in the config's (sorted) order of names."""
+  return [_rows(config, spec.to_dict(), tokenizer, f"config.sources.{n}") for n, spec in named(config.sources)]
+
+
+def ability_rows(config: ml_collections.ConfigDict, tokenizer: Any) -> list[tokens.Rows]:
+  """Held-out rows of each ability that the outer loss is taken on."""
+  return [
+    _rows(config, ability_spec(spec, "validation"), tokenizer, f"config.abilities.{n}")
+    for n, spec in named(config.abilities)
+  ]
+
+
+def named(section: ml_collections.ConfigDict) -> list[tuple[str, ml_collections.ConfigDict]]:
+  """Sources or abilities sorted by name: the order of every array over them."""
+  return sorted(section.items())
+
+
+def names(section: ml_collections.ConfigDict) -> list[str]:
+  return [name for name, _ in named(section)]
+
+
+def ability_spec(spec: ml_collections.ConfigDict, part: str) -> dict[str, Any]:
+  """Where an ability's `validation` or `test` examples are read from."""
+  found = {name: value for name, value in spec.to_dict().items() if name not in _ABILITY_FIELDS}
+  if "suite" in found:
+    found["suite_split"] = part
+  elif part == "test":
+    if "test_split" not in spec and "test_path" not in spec:
+      raise errors.InputError("An ability read from a file needs test_split or test_path for `evaluate`.")
+    found["path"] = spec.get("test_path", found.get("path"))
+    found["split"] = spec.get("test_split", "train")
+  return found
+
+
+def ability_weights(config: ml_collections.ConfigDict) -> np.ndarray:
+  """`[num_abilities]` f32 weight of each ability in the objective."""
+  return np.asarray([spec.get("weight", 1.0) for _, spec in named(config.abilities)], np.float32)
+
+
+def stack(batches: Sequence[types.Batch]) -> types.Batch:
+  """Batches as one, with a leading axis `[unroll_length, ...]`."""
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def pure(tree: Any) -> dict[str, Any]:
+  """A pytree as path -> array, which checkpoints hold whatever modules it came from."""
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unpure(tree_like: Any, arrays: Mapping[str, Any]) -> Any:
+  """The inverse of `pure`, in the structure of `tree_like`."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[jax.tree_util.keystr(path)]), tree_like)
+
+
+def _rows(config: ml_collections.ConfigDict, spec: dict[str, Any], tokenizer: Any, where: str) -> tokens.Rows:
+  return sources.load_rows(spec, tokenizer, config.length, where=where, truncate_side=config.truncate_side)

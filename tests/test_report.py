@@ -1,0 +1,168 @@
+"""The page holds the run's numbers, marks the best, escapes every name and needs no other file."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+
+import pytest
+import rich.console
+
+from mftjax import recipe, report, tracking
+from mftjax.errors import InputError
+
+_EVIL = "<script>alert(1)</script>"
+
+
+def _evaluation():
+  def row(name, one, two, match, tokens):
+    return {
+      "name": name,
+      "loss": {"maths": one, _EVIL: two},
+      "exact_match": {"maths": match, _EVIL: 0.5},
+      "mean_loss": (one + two) / 2,
+      "mean_exact_match": (match + 0.5) / 2,
+      "tokens": tokens,
+    }
+
+  rows = [row("base", 3.0, 1.5, 0.125, 0), row("default", 2.0, 2.5, 0.25, 64000), row("learnt", 1.0, 2.0, 0.75, 64000)]
+  return {"tokens": 64000, "abilities": ["maths", _EVIL], "rows": rows}
+
+
+def _fill(workdir):
+  workdir.mkdir(exist_ok=True)
+  (workdir / "config.json").write_text(json.dumps({"seed": 7, "meta": {"method": "mixed", "note": _EVIL}}))
+  (workdir / "evaluation.json").write_text(json.dumps(_evaluation()))
+  made = recipe.default(["maths", _EVIL], {"learning_rate": 3.25e-4}, task=_EVIL, model="some/model")
+  recipe.save(made, workdir / "recipe.json")
+  with tracking.Tracker(workdir, 4, title="t", name="meta_train", quiet=True) as tracker:
+    for step in range(1, 5):
+      values = {
+        "outer_loss": 1.0 / step,
+        "grad_norm": float("nan") if step == 2 else 0.5,
+        "mixture": {"maths": 0.25 * step, _EVIL: 1 - 0.25 * step, "$x_1$ & _y": 0.0, "_hidden": 0.1},
+        "hyperparameters": {"learning_rate": 10.0**-step, "b1": 0.9},
+        "ability_loss": {"maths": 2.0 / step},
+      }
+      tracker.log(step, values)
+
+
+class _Page(html.parser.HTMLParser):
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.images, self.text, self.bold, self._open = [], [], "", [], []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    self._open.append(tag)
+    if tag == "img":
+      self.images.append(dict(attributes))
+
+  def handle_endtag(self, tag):
+    while self._open and self._open.pop() != tag:
+      pass
+
+  def handle_data(self, data):
+    if "style" not in self._open:
+      self.text += data
+    if "strong" in self._open:
+      self.bold.append(data)
+
+
+def _svg(page, title):
+  sources = [image["src"] for image in page.images if image["alt"].startswith(title)]
+  assert len(sources) == 1
+  return base64.b64decode(sources[0].removeprefix("data:image/svg+xml;base64,")).decode()
+
+
+def test_page(tmp_path):
+  _fill(tmp_path)
+  path = report.write(tmp_path)
+  assert path == tmp_path / "report.html"
+  text = path.read_text()
+  page = _Page(text)
+  assert "script" not in page.tags
+  assert "<script" not in text
+  assert _EVIL in page.text  # shown as letters
+  assert not re.findall(r"(?:src|href)=\"(?!data:)", text)  # nothing to load
+  assert "url(" not in text
+  # learnt is best in both means and in maths; base in the other loss; no best where all are alike.
+  assert (
+    page.bold == ["1.5000", "0.6250", "1.5000", "1.0000", "0.7500"]
+    or page.bold
+    == [
+      "2.2500",
+      "1.5000",
+    ]
+    or sorted(page.bold) == sorted(["1.5000", "0.6250", "1.0000", "1.5000", "0.7500"])
+  )
+  for shown in ("64,000", "0.000325", "some/model", "meta.method", "mixed", "4 outer steps"):
+    assert shown in page.text, shown
+  assert page.text.index("Comparison") < page.text.index("Meta-training") < page.text.index("What was run")
+  assert "prefers-color-scheme: dark" in text
+  assert "python -m" not in page.text
+
+
+def test_plots(tmp_path):
+  _fill(tmp_path)
+  page = _Page(report.write(tmp_path).read_text())
+  titles = [image["alt"].removesuffix(" over outer steps") for image in page.images]
+  assert titles == [
+    "Outer loss",
+    "Norm of the meta-gradient",
+    "Mixture",
+    "Loss per ability",
+    "Hyperparameter learning_rate",
+    "Hyperparameter b1",
+  ]
+  mixture = _svg(page, "Mixture")
+  assert "<script>" not in mixture
+  assert "&lt;script&gt;" in mixture
+  assert "$x_1$ &amp; _y" in mixture  # letters, not mathematics
+  assert "_hidden" in mixture
+  log, linear = _svg(page, "Hyperparameter learning_rate"), _svg(page, "Hyperparameter b1")
+  assert re.search(r"10\D*−?3|mathdefault", log)  # decades
+  assert "mathdefault" not in linear
+
+
+def test_report_is_reproducible(tmp_path):
+  _fill(tmp_path)
+  first = report.write(tmp_path).read_bytes()
+  assert report.write(tmp_path).read_bytes() == first
+
+
+def test_missing_files_name_the_command(tmp_path):
+  page = _Page(report.write(tmp_path).read_text())
+  for script in ("evaluate", "meta_train", "predict"):
+    assert f"python -m experiments.{script}" in page.text
+  assert page.images == []
+  with pytest.raises(InputError, match="no such workdir"):
+    report.write(tmp_path / "none")
+
+
+def test_damaged_files(tmp_path):
+  _fill(tmp_path)
+  before = report.write(tmp_path).read_bytes()
+  (tmp_path / "evaluation.json").write_text("{")
+  with pytest.raises(InputError, match=r"evaluation.json: not JSON"):
+    report.write(tmp_path)
+  (tmp_path / "evaluation.json").write_text('{"abilities": ["a"], "rows": [{"name": "base"}]}')
+  with pytest.raises(InputError, match=r"evaluation.json: .*mean_loss"):
+    report.write(tmp_path)
+  assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_table():
+  output = io.StringIO()
+  evaluation = _evaluation()
+  evaluation["abilities"] = ["maths", "[bold]x"]
+  rich.console.Console(file=output, width=200, force_terminal=True, color_system="standard").print(
+    report.table(evaluation)
+  )
+  text = output.getvalue()
+  assert "[bold]x: loss" in text
+  assert re.findall(r"\x1b\[1m\s*([\d.]+)\s*\x1b\[0m", text) == ["1.5000", "0.6250", "1.0000", "0.7500"]
+  assert "64,000" in text
+  assert "–" in text  # an ability that was not measured
