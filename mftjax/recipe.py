@@ -33,6 +33,7 @@ _TRANSFORMERS_NAMES = {
   "batch_size": "per_device_train_batch_size",
   "num_steps": "max_steps",
   "label_smoothing": "label_smoothing_factor",
+  "final_fraction": "final_fraction",  # _cosine turns it into the scheduler's own argument
 }
 _TRL_NAMES = _TRANSFORMERS_NAMES | {"length": "max_length"}
 _AXOLOTL_NAMES = {k: v for k, v in _TRANSFORMERS_NAMES.items() if k != "label_smoothing"} | {
@@ -55,6 +56,7 @@ _TUNIX_NAMES = {
   "warmup_fraction": "optimizer_config.warmup_ratio",
   "warmup_ratio": "optimizer_config.warmup_ratio",
   "warmup_steps": "optimizer_config.warmup_steps",
+  "final_fraction": "optimizer_config.final_fraction",
   "clip_norm": "optimizer_config.max_grad_norm",
   "max_grad_norm": "optimizer_config.max_grad_norm",
   "batch_size": "batch_size",
@@ -249,7 +251,15 @@ def export(
   return left_out
 
 
+def _cosine(fields: dict[str, Any]) -> None:
+  # Our schedule is a warm-up and a cosine; transformers would take a straight line.
+  final = fields.pop("final_fraction", 0.0)
+  fields["lr_scheduler_type"] = "cosine_with_min_lr"
+  fields["lr_scheduler_kwargs"] = {"min_lr_rate": final}
+
+
 def _trl(recipe: Mapping, fields: dict, mixture: dict[str, float], num_examples: Mapping | None) -> dict:
+  _cosine(fields)
   # transformers 5 takes a fraction of the run as warmup_steps below 1, and drops warmup_ratio.
   if "warmup_ratio" in fields:
     fields["warmup_steps"] = fields.pop("warmup_ratio")
@@ -274,6 +284,9 @@ def _axolotl(recipe: Mapping, fields: dict, mixture: dict[str, float], num_examp
   # The largest epoch in which no source is needed more often than it is there.
   total = min(sizes[source] / weight for source, weight in used.items())
   unit = "" if num_examples else "%"
+  fields["lr_scheduler"] = "cosine"
+  if "final_fraction" in fields:
+    fields["cosine_min_lr_ratio"] = fields.pop("final_fraction")
   if "lora_r" in fields:
     fields["adapter"] = "lora"
   return {
@@ -293,6 +306,7 @@ def _llamafactory(recipe: Mapping, fields: dict, mixture: dict[str, float], num_
   commas = [source for source in mixture if "," in source]
   if commas:
     raise InputError(f"llamafactory separates datasets by commas; rename source {commas[0]!r}.")
+  _cosine(fields)
   return {
     "stage": "sft",
     "do_train": True,
@@ -319,12 +333,13 @@ def _tunix(recipe: Mapping, fields: dict, mixture: dict[str, float], num_example
       place = place.setdefault(folder, {})
     place[name] = value
   optimizer = config["optimizer_config"]
-  if ("warmup_ratio" in optimizer or "warmup_steps" in optimizer) and "learning_rate" in optimizer:
+  final = optimizer.pop("final_fraction", 0.0)
+  if "learning_rate" in optimizer:
     optimizer |= {
       "schedule_type": "warmup_cosine_decay_schedule",
       "init_value": 0.0,
       "peak_value": optimizer["learning_rate"],
-      "end_value": 0.0,
+      "end_value": final * optimizer["learning_rate"],
     }
   config["data_mixture"] = {"datasets": list(mixture), "weights": _normalised(mixture)}
   return config

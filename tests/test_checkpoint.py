@@ -16,6 +16,7 @@ def _arrays(seed):
   odd = np.array([np.nan, -0.0, np.inf, 1e-45], np.float32)
   return {
     "f32": jnp.asarray(rng.normal(size=(5, 3)).astype(np.float32)),
+    "large": jnp.asarray(rng.normal(size=(64, 33)).astype(np.float32)),  # beyond what is stored inline
     "odd": jnp.asarray(odd),
     "nested": [jnp.asarray(rng.integers(-9, 9, (7,)), jnp.int32), jnp.asarray(rng.normal(size=8), jnp.bfloat16)],
     "key": jax.random.key_data(jax.random.key(seed)),
@@ -89,6 +90,14 @@ def test_any_damaged_file_is_survived(tmp_path, caplog):
           _, arrays, _ = checkpoints.restore(_arrays(0))
           assert _same(arrays, _arrays(5)), (file, damage)
   assert num_fallbacks >= 4
+
+
+def test_restores_into_shapes_and_numpy(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, _arrays(1), {})
+    shapes = jax.eval_shape(lambda: _arrays(0))
+    assert _same(checkpoints.restore(shapes)[1], _arrays(1))
+    assert _same(checkpoints.restore(jax.tree.map(np.asarray, _arrays(0)))[1], _arrays(1))
 
 
 def test_nothing_whole_is_an_error(tmp_path):

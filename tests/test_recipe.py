@@ -6,6 +6,7 @@ import json
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import torch
 import transformers
 import yaml
 
@@ -110,6 +111,7 @@ def test_trl_fields_are_training_arguments(tmp_path):
   # SFTConfig extends transformers.TrainingArguments by max_length and the like.
   made = _recipe()
   made["hyperparameters"] |= {"b2": 0.95, "eps": 1e-8, "clip_norm": 1.0, "num_steps": 100, "own_thing": 2.0}
+  made["hyperparameters"] |= {"final_fraction": 0.25}
   left_out = recipe.export(made, tmp_path / "trl.json", format="trl")
   config = json.loads((tmp_path / "trl.json").read_text())
   known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
@@ -120,6 +122,22 @@ def test_trl_fields_are_training_arguments(tmp_path):
   assert arguments.adam_beta2 == 0.95
   assert arguments.per_device_train_batch_size == 8
   assert arguments.get_warmup_steps(200) == 10
+  parameter = torch.nn.Parameter(torch.zeros(1))
+  optimizer = torch.optim.AdamW([parameter], lr=arguments.learning_rate)
+  schedule = transformers.get_scheduler(
+    arguments.lr_scheduler_type,
+    optimizer,
+    num_warmup_steps=arguments.get_warmup_steps(200),
+    num_training_steps=200,
+    scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+  )
+  rates = []
+  for _ in range(200):
+    rates.append(schedule.get_last_lr()[0])
+    optimizer.step()
+    schedule.step()
+  assert max(rates) == pytest.approx(1e-5)
+  assert schedule.get_last_lr()[0] == pytest.approx(0.25e-5)
   assert config["datasets"] == ["maths", "code"]
   assert config["interleave_datasets"]["probabilities"] == [0.75, 0.25]
 
@@ -160,6 +178,7 @@ def test_llamafactory(tmp_path):
 def test_axolotl_cuts_sources_to_the_mixture(tmp_path):
   made = _recipe(mixture={"maths": 0.75, "code": 0.25, "none": 0.0})
   made["hyperparameters"]["lora_rank"] = 8.0
+  made["hyperparameters"]["final_fraction"] = 0.1
   sizes = {"maths": 300, "code": 1000}
   recipe.export(made, tmp_path / "c.yaml", format="axolotl", num_examples=sizes)
   config = yaml.safe_load((tmp_path / "c.yaml").read_text())
@@ -167,6 +186,7 @@ def test_axolotl_cuts_sources_to_the_mixture(tmp_path):
     "maths": "train[:300]",
     "code": "train[:100]",
   }
+  assert (config["lr_scheduler"], config["cosine_min_lr_ratio"]) == ("cosine", 0.1)
   assert (config["adapter"], config["lora_r"], config["micro_batch_size"]) == ("lora", 8, 8)
   recipe.export(made, tmp_path / "d.yaml", format="axolotl")
   config = yaml.safe_load((tmp_path / "d.yaml").read_text())
@@ -182,6 +202,12 @@ def test_tunix(tmp_path):
   assert optimizer["opt_type"] == "adamw"
   assert (optimizer["peak_value"], optimizer["warmup_ratio"], optimizer["b1"]) == (1e-5, 0.05, 0.9)
   assert config["batch_size"] == 8
+  made = _recipe()
+  made["hyperparameters"]["final_fraction"] = 0.5
+  recipe.export(made, tmp_path / "c.yaml", format="tunix")
+  optimizer = yaml.safe_load((tmp_path / "c.yaml").read_text())["optimizer_config"]
+  assert optimizer["end_value"] == 0.5e-5
+  assert "final_fraction" not in optimizer
   assert config["data_mixture"] == {"datasets": ["maths", "code"], "weights": [0.75, 0.25]}
 
 

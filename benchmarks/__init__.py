@@ -1,0 +1,1 @@
+"""Scripts that print a table of ratios taken in one run and write JSON."""

@@ -1,0 +1,293 @@
+"""The decoder: Llama and Qwen2 shapes, its layers stacked and run under one `jax.lax.scan`."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mftjax.errors import InputError, unknown_name
+from mftjax.models.memory import Memory
+
+FAMILIES = ("llama", "qwen2")
+
+# Finite, so that the softmax of a padding row (nothing to attend to) is uniform and not NaN.
+MASKED = -1e30
+
+Cache = tuple[jax.Array, jax.Array]  # keys, values: each [num_layers, batch, cache_length, num_kv_heads, head_dim]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """The shape of a decoder; sizes count features, `max_length` counts tokens.
+
+  Raises:
+    InputError: a family that does not exist, or sizes that do not divide.
+  """
+
+  family: str  # "llama" or "qwen2"
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-6
+  tie_embeddings: bool = False
+  attention_bias: bool = False  # on q, k, v; for llama on the output projection too
+  max_length: int = 2048
+  remat: bool = False  # keep only each layer's input for the gradient, compute the rest again
+  dtype: Any = jnp.float32  # of the computation; parameters are stored as they were given (f32 when new)
+
+  def __post_init__(self):
+    if self.family not in FAMILIES:
+      raise unknown_name("decoder family", self.family, FAMILIES)
+    if self.num_heads % self.num_kv_heads:
+      raise InputError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}.")
+    if self.head_dim % 2:
+      raise InputError(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs of features.")
+
+
+def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+  """Name and shape of each parameter of one layer; matrices are `(in, out)`."""
+  hidden, inner = config.hidden_size, config.intermediate_size
+  heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+  shapes: dict[str, tuple[int, ...]] = {
+    "attention_norm": (hidden,),
+    "q_proj": (hidden, heads),
+    "k_proj": (hidden, kv_heads),
+    "v_proj": (hidden, kv_heads),
+    "o_proj": (heads, hidden),
+    "mlp_norm": (hidden,),
+    "gate_proj": (hidden, inner),
+    "up_proj": (hidden, inner),
+    "down_proj": (inner, hidden),
+  }
+  if config.attention_bias:
+    shapes |= {"q_proj_bias": (heads,), "k_proj_bias": (kv_heads,), "v_proj_bias": (kv_heads,)}
+    if config.family == "llama":
+      shapes["o_proj_bias"] = (hidden,)
+  return shapes
+
+
+class Layers(nnx.Module):
+  """All layers' parameters, each stacked to `[num_layers, ...]` (see `layer_shapes`)."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.lora_scale = 0.0  # alpha / rank, once `lora.add` has put adapters here
+    for name, shape in layer_shapes(config).items():
+      stacked = (config.num_layers, *shape)
+      if name.endswith("norm"):
+        value = jnp.ones(stacked, jnp.float32)
+      elif name.endswith("bias"):
+        value = jnp.zeros(stacked, jnp.float32)
+      else:
+        value = 0.02 * jax.random.normal(rngs.params(), stacked, jnp.float32)
+      setattr(self, name, nnx.Param(value))
+
+  def arrays(self) -> dict[str, jax.Array]:
+    """Name -> `[num_layers, ...]` array, adapters included: what the scan goes over."""
+    return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Variable)}
+
+
+def rms_norm(hidden: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """`scale * hidden / sqrt(mean(hidden^2) + eps)` over the last axis, the statistics in f32."""
+  hidden32 = hidden.astype(jnp.float32)
+  normed = hidden32 * jax.lax.rsqrt(jnp.mean(hidden32**2, axis=-1, keepdims=True) + eps)
+  return scale.astype(hidden.dtype) * normed.astype(hidden.dtype)
+
+
+def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines `[batch, length, 1, head_dim]` f32 of the rotary embedding, for `[batch, length]` positions."""
+  frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of `[batch, length, heads, head_dim]`; feature i turns with feature i + head_dim / 2."""
+  cos, sin = (table.astype(x.dtype) for table in rope)
+  first, second = jnp.split(x, 2, axis=-1)
+  return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """Softmax attention where each key/value head serves `num_heads / num_kv_heads` query heads.
+
+  Args:
+    q: `[batch, query_length, num_heads, head_dim]`.
+    k, v: `[batch, key_length, num_kv_heads, head_dim]`.
+    mask: `[batch, query_length, key_length]` bool, True where the query sees the key.
+
+  Returns:
+    `[batch, query_length, num_heads * head_dim]`.
+  """
+  batch, query_length, num_heads, head_dim = q.shape
+  grouped = q.reshape(batch, query_length, k.shape[2], num_heads // k.shape[2], head_dim)
+  scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+  weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+  return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(batch, query_length, num_heads * head_dim)
+
+
+def project(params: dict[str, jax.Array], name: str, x: jax.Array, lora_scale: float) -> jax.Array:
+  """`x W + bias + lora_scale (x A) B`, each term where the layer has it."""
+  out = x @ params[name].astype(x.dtype)
+  if f"{name}_bias" in params:
+    out += params[f"{name}_bias"].astype(x.dtype)
+  if f"{name}_lora_a" in params:
+    low = x @ params[f"{name}_lora_a"].astype(x.dtype)
+    out += lora_scale * (low @ params[f"{name}_lora_b"].astype(x.dtype))
+  return out
+
+
+def layer(
+  params: dict[str, jax.Array],
+  hidden: jax.Array,
+  rope: tuple[jax.Array, jax.Array],
+  mask: jax.Array,
+  config: DecoderConfig,
+  lora_scale: float,
+  cache: Cache | None = None,
+  index: jax.Array | int = 0,
+) -> tuple[jax.Array, Cache | None]:
+  """One layer, for training (no cache) and for decoding (keys and values written into the cache at `index`).
+
+  Args:
+    params: one layer's slice of `Layers.arrays()`.
+    hidden: `[batch, length, hidden_size]`.
+    rope: tables of `rope_tables` for these positions.
+    mask: `[batch, length, key_length]` bool; key_length is the cache's length when there is a cache.
+    cache: keys and values, each `[batch, cache_length, num_kv_heads, head_dim]`.
+    index: where in the cache the first of these tokens goes.
+
+  Returns:
+    The new hidden states and the new cache.
+  """
+  proj = functools.partial(project, params, lora_scale=lora_scale)
+  heads = (*hidden.shape[:2], -1, config.head_dim)
+  normed = rms_norm(hidden, params["attention_norm"], config.norm_eps)
+  q = rotate(proj("q_proj", normed).reshape(heads), rope)
+  k = rotate(proj("k_proj", normed).reshape(heads), rope)
+  v = proj("v_proj", normed).reshape(heads)
+  if cache is not None:
+    k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=1)
+    v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=1)
+    cache = (k, v)
+  hidden = hidden + proj("o_proj", grouped_attention(q, k, v, mask))
+  normed = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
+  gated = jax.nn.silu(proj("gate_proj", normed)) * proj("up_proj", normed)
+  return hidden + proj("down_proj", gated), cache
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+  """`[batch, length]` position of each token within its segment, from `[batch, length]` segment ids."""
+  index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+  is_start = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+  return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+
+
+class Decoder(nnx.Module):
+  """A decoder-only language model.
+
+  Args:
+    config: its shape.
+    rngs: its `params` stream draws the initial weights (normal, 0.02; norms 1; biases 0).
+  """
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)))
+    self.layers = Layers(config, rngs=rngs)
+    self.final_norm = nnx.Param(jnp.ones(config.hidden_size))
+    if not config.tie_embeddings:
+      self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.hidden_size, config.vocab_size)))
+    self.memory = nnx.data(None)
+    self.memory_layers: tuple[int, ...] = ()
+
+  def attach_memory(self, memory: Memory, layers: Sequence[int]) -> None:
+    """Reads one memory after each of these layers (0 = the first); a new memory leaves the logits as they were.
+
+    Raises:
+      InputError: a layer that does not exist, no layer, another width, or a memory that is attached already.
+    """
+    if self.memory is not None:
+      raise InputError("The decoder has a memory already; attach one memory, to all of its layers at once.")
+    if not layers or not all(0 <= number < self.config.num_layers for number in layers):
+      raise InputError(f"Memory layers {list(layers)} must be some of 0 .. {self.config.num_layers - 1}.")
+    if memory.dim != self.config.hidden_size:
+      raise InputError(f"Memory of dim {memory.dim} does not fit a decoder of hidden_size {self.config.hidden_size}.")
+    self.memory = memory
+    self.memory_layers = tuple(sorted(set(layers)))
+
+  def __call__(
+    self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+  ) -> jax.Array:
+    """Next-token logits.
+
+    Args:
+      tokens: `[batch, length]` int.
+      segment_ids: `[batch, length]` int, 0 = padding; a token sees the earlier ones of its own segment. All one
+        segment when left out.
+      positions: `[batch, length]` int; restart with each segment when left out.
+
+    Returns:
+      `[batch, length, vocab_size]` f32; those at padding mean nothing (but are finite).
+
+    Raises:
+      InputError: more tokens than `config.max_length`.
+    """
+    length = tokens.shape[1]
+    if length > self.config.max_length:
+      raise InputError(f"{length} tokens are more than the decoder's max_length = {self.config.max_length}.")
+    segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    positions = segment_positions(segment_ids) if positions is None else positions
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] > 0)
+    mask = same & jnp.tril(jnp.ones((length, length), bool))
+    hidden, _ = self.run_layers(self.embed(tokens), jnp.asarray(positions), mask)
+    return self.logits(hidden)
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """`[batch, length, hidden_size]` embeddings, in the compute dtype."""
+    return jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """`[..., vocab_size]` f32 logits of `[..., hidden_size]` last hidden states."""
+    normed = rms_norm(hidden, self.final_norm[...], self.config.norm_eps)
+    head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+    return jnp.matmul(normed, head.astype(normed.dtype), preferred_element_type=jnp.float32)
+
+  def run_layers(
+    self,
+    hidden: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache | None = None,
+    index: jax.Array | int = 0,
+  ) -> tuple[jax.Array, Cache | None]:
+    """All layers, in one scan for each stretch between two memory layers; arguments as for `layer`."""
+    config, lora_scale = self.config, self.layers.lora_scale
+    rope = rope_tables(positions, config.head_dim, config.rope_theta)
+
+    def body(hidden, inputs):
+      params, layer_cache = inputs
+      return layer(params, hidden, rope, mask, config, lora_scale, layer_cache, index)
+
+    if config.remat and cache is None:
+      body = jax.checkpoint(body, prevent_cse=False)  # inside a scan nothing can be merged over steps anyway
+    arrays = self.layers.arrays()
+    caches = []
+    start = 0
+    for stop in sorted({number + 1 for number in self.memory_layers} | {config.num_layers}):
+      stretch = jax.tree.map(lambda x: x[start:stop], (arrays, cache))  # noqa: B023 (used at once)
+      hidden, new_cache = jax.lax.scan(body, hidden, stretch)
+      if stop - 1 in self.memory_layers:
+        hidden = self.memory(hidden)
+      caches.append(new_cache)
+      start = stop
+    return hidden, jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)

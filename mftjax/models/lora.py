@@ -1,0 +1,73 @@
+"""Low-rank adapters, stacked over the layers like the weights that they adapt."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mftjax.errors import InputError, unknown_name
+from mftjax.models.decoder import Decoder
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRAParam(nnx.Param):
+  """A parameter of an adapter, for `nnx.split(model, LoRAParam, ...)`."""
+
+
+def add(model: Decoder, rank: int, alpha: float, targets: Sequence[str], *, rngs: nnx.Rngs) -> None:
+  """Adds adapters in place: W becomes W + alpha / rank A B, with B zero, so the logits stay as they were.
+
+  Args:
+    model: gets `layers.<target>_lora_a` `[num_layers, in, rank]` and `_lora_b` `[num_layers, rank, out]`, f32.
+    rank: at least 1.
+    alpha: scale of the adapters' sum, times rank.
+    targets: some of `TARGETS`.
+    rngs: its `params` stream draws A (uniform, +- sqrt(1 / in), as in the reference implementation).
+
+  Raises:
+    InputError: an unknown target, none, a rank below 1, or adapters that are there already.
+
+  Source: LoRA (Hu et al., 2021), Section 4.1.
+  """
+  if rank < 1:
+    raise InputError(f"LoRA rank = {rank} must be at least 1.")
+  if not targets:
+    raise InputError(f"LoRA needs one target or more of: {', '.join(TARGETS)}.")
+  for target in targets:
+    if target not in TARGETS:
+      raise unknown_name("LoRA target", target, TARGETS)
+  if adapted(model):
+    raise InputError(f"The model has LoRA on {', '.join(adapted(model))} already; merge that first.")
+  for target in dict.fromkeys(targets):
+    num_layers, size_in, size_out = getattr(model.layers, target).shape
+    bound = size_in**-0.5
+    a = jax.random.uniform(rngs.params(), (num_layers, size_in, rank), jnp.float32, -bound, bound)
+    setattr(model.layers, f"{target}_lora_a", LoRAParam(a))
+    setattr(model.layers, f"{target}_lora_b", LoRAParam(jnp.zeros((num_layers, rank, size_out), jnp.float32)))
+  model.layers.lora_scale = alpha / rank
+
+
+def adapted(model: Decoder) -> list[str]:
+  """The targets that have an adapter."""
+  return [target for target in TARGETS if hasattr(model.layers, f"{target}_lora_a")]
+
+
+def merge(model: Decoder) -> None:
+  """Folds the adapters into the weights in place, and removes them; the logits stay the same but for rounding.
+
+  Raises:
+    InputError: a model without adapters.
+  """
+  if not adapted(model):
+    raise InputError("The model has no LoRA to merge.")
+  for target in adapted(model):
+    weight = getattr(model.layers, target)[...]
+    a = getattr(model.layers, f"{target}_lora_a")[...]
+    b = getattr(model.layers, f"{target}_lora_b")[...]
+    update = model.layers.lora_scale * jnp.einsum("lir,lro->lio", a, b)
+    setattr(model.layers, target, nnx.Param((weight + update).astype(weight.dtype)))
+    delattr(model.layers, f"{target}_lora_a")
+    delattr(model.layers, f"{target}_lora_b")
+  model.layers.lora_scale = 0.0
