@@ -6,6 +6,8 @@ Sources: four clean suites that the abilities are of, one redundant, one off-tar
 The learnt mixture should leave the last three, above all the corrupted one.
 """
 
+import ml_collections
+
 from mftjax import config as config_lib
 
 
@@ -15,6 +17,20 @@ def get_config():
   config.length = 64
   config.batch_size = 16
   config.budget_tokens = 400 * 16 * 64
+  config.sources = ml_collections.ConfigDict(
+    {
+      "copying": {"suite": "copying", "num_examples": 4000},
+      "lookup": {"suite": "lookup", "num_examples": 4000},
+      "sorting": {"suite": "sorting", "num_examples": 4000},
+      "uppercase": {"suite": "uppercase", "num_examples": 4000},
+      "redundant_copying": {"suite": "copying", "num_examples": 400, "corruption": "redundant"},
+      "off_target_modular": {"suite": "modular", "num_examples": 4000},
+      "corrupted_sorting": {"suite": "sorting", "num_examples": 4000, "corruption": "shuffle", "seed": 1},
+    }
+  )
+  config.abilities = ml_collections.ConfigDict(
+    {name: {"suite": name, "num_examples": 1000} for name in ("copying", "lookup", "sorting", "uppercase")}
+  )
   config.meta.outer_steps = 150
   config.meta.unroll_length = 8
   config.evaluate.max_new_tokens = 16

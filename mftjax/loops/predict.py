@@ -1,18 +1,15 @@
 """The recipe that meta-training came to, as a file that any trainer can use."""
 
-import importlib.metadata
 import pathlib
 import subprocess
 from typing import Any
 
 import ml_collections
 
-from mftjax import command, errors, recipe
+from mftjax import command, errors, recipe, tracking
 from mftjax import config as config_lib
 from mftjax.loops import meta_train
 from mftjax.loops import task as task_lib
-
-_PACKAGES = ("jax", "flax", "optax", "transformers", "mftjax")
 
 
 def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -28,35 +25,25 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib
     raise errors.InputError(f"{workdir} holds no checkpoint: run experiments.meta_train there first.")
   step, state, _ = found
   learned, weights = meta_train.readable(config, state.meta_params)
-  lines = [line for line in meta_train.tracking.read(workdir / "metrics.jsonl") if line["phase"] == "meta_train"]
+  lines = [line for line in tracking.read(workdir / "metrics.jsonl") if line["phase"] == "meta_train"]
   path = workdir / "recipe.json"
-  recipe.save(
-    {
-      "format": recipe.FORMAT,
-      "task": config.task,
-      "model": config.model.path or "random",
-      "hyperparameters": {**config_lib.default_hyperparameters(config), **learned, **run_length(config)},
-      "mixture": weights,
-      "predicted": {"ability_loss": lines[-1]["ability_loss"], "outer_steps": step},
-      "provenance": provenance(config),
-    },
-    path,
-  )
+  found_recipe = default_recipe(config)
+  found_recipe["hyperparameters"].update(learned)
+  found_recipe["mixture"] = weights
+  found_recipe["predicted"] = {"ability_loss": lines[-1]["ability_loss"], "outer_steps": step}
+  recipe.save(found_recipe, path)
   return path
 
 
 def default_recipe(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What one would take without learning: uniform mixture, common hyperparameters, the same budget."""
-  names = task_lib.names(config.sources)
-  return {
-    "format": recipe.FORMAT,
-    "task": config.task,
-    "model": config.model.path or "random",
-    "hyperparameters": {**config_lib.default_hyperparameters(config), **run_length(config)},
-    "mixture": {name: 1 / len(names) for name in names},
-    "predicted": {},
-    "provenance": provenance(config),
-  }
+  return recipe.default(
+    task_lib.names(config.sources),
+    {**config_lib.default_hyperparameters(config), **run_length(config)},
+    task=config.task,
+    model=config.model.path or "random",
+    provenance=provenance(config),
+  )
 
 
 def run_length(config: ml_collections.ConfigDict) -> dict[str, int]:
@@ -76,6 +63,6 @@ def provenance(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {
     "config": config.task,
     "seed": config.seed,
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "versions": recipe.versions(),
     "git": git.stdout.strip() or None,
   }

@@ -286,7 +286,7 @@ class Decoder(nnx.Module):
     for stop in sorted({number + 1 for number in self.memory_layers} | {config.num_layers}):
       stretch = jax.tree.map(lambda x: x[start:stop], (arrays, cache))  # noqa: B023 (used at once)
       hidden, new_cache = jax.lax.scan(body, hidden, stretch)
-      if stop - 1 in self.memory_layers:
+      if self.memory is not None and stop - 1 in self.memory_layers:
         hidden = self.memory(hidden)
       caches.append(new_cache)
       start = stop

@@ -114,9 +114,7 @@ def generate(
   end = -1 if eos_id is None else eos_id
   key = jax.random.key(0) if rng is None else rng  # not used at temperature 0
   new_tokens = np.asarray(
-    _decode(
-      graphdef, state, tokens, segment_ids, bucket(max_new_tokens), max_new_tokens, end, float(temperature), key
-    )
+    _decode(graphdef, state, tokens, segment_ids, bucket(max_new_tokens), max_new_tokens, end, float(temperature), key)
   )[: len(prompts), :max_new_tokens]
   # with no end token nothing equals -1, and every row is whole
   return [row[: np.argmax(row == end)] if (row == end).any() else row for row in new_tokens]

@@ -12,7 +12,7 @@ import safetensors.numpy
 from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
-from mftjax.models import lora
+from mftjax.models import gguf_tokenizer, lora
 from mftjax.models.decoder import FAMILIES, Decoder, DecoderConfig, layer_shapes
 from mftjax.models.memory import Memory, MemoryParam
 
@@ -124,7 +124,9 @@ def config_from_hf(values: Mapping[str, Any], dtype: Any, where: str) -> Decoder
   family = str(values.get("model_type"))
   if family not in FAMILIES:
     raise unknown_name(f"model_type in {where}", family, FAMILIES)
-  missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if key not in values]
+  missing = [
+    key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if key not in values
+  ]
   missing += [] if "num_attention_heads" in values else ["num_attention_heads"]
   if missing:
     raise InputError(f"{where} lacks {', '.join(missing)}.")
@@ -248,9 +250,9 @@ def _load_gguf(file: Path, dtype: Any) -> tuple[Decoder, Any]:
     reader = gguf.GGUFReader(file)
   except ValueError as error:
     raise InputError(f"{file} is not a whole GGUF file: {error}") from error
-  fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+  fields = {name: field.contents() for name, field in reader.fields.items()}
   tensors = {tensor.name: tensor for tensor in reader.tensors}
-  config = _config_from_gguf({k: v.contents() for k, v in fields.items()}, tensors, dtype, str(file))
+  config = _config_from_gguf(fields, tensors, dtype, str(file))
 
   def read(name: str) -> np.ndarray:
     tensor = tensors[name]
@@ -263,7 +265,9 @@ def _load_gguf(file: Path, dtype: Any) -> tuple[Decoder, Any]:
     return value
 
   model = _build(config, {name: lambda name=name: read(name) for name in tensors}, 1, str(file))
-  return model, _tokenizer(file.parent, gguf_file=file.name)
+  if gguf_tokenizer.is_known(fields):
+    return model, gguf_tokenizer.build(fields)
+  return model, _tokenizer(file.parent, gguf_file=file.name)  # this way transformers wants torch
 
 
 def _unpermute(value: np.ndarray, num_heads: int) -> np.ndarray:

