@@ -53,7 +53,7 @@ def test_answers_are_right_short_and_printable(suite):
     for example in abilities.generate(suite, 150, seed=3, split=split):
       prompt, completion = example["prompt"], example["completion"]
       assert completion == solve(suite, prompt), prompt
-      assert 0 < len(completion) and 0 < len(prompt) and len(prompt) + len(completion) <= 48
+      assert prompt and completion and len(prompt) + len(completion) <= 48
       assert max(len(prompt), len(completion)) <= 40
       assert (prompt + completion).isascii() and (prompt + completion).isprintable()
       assert tokenizer.unk_token_id not in tokens.tokenize(example, tokenizer)[0]

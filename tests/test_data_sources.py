@@ -66,7 +66,7 @@ def test_splits_slice(tmp_path, ending):
     datasets.Dataset.from_list(EXAMPLES).to_parquet(path)
   parts = [read(path=str(path), split=s) for s in ("train[:80%]", "train[80%:90%]", "train[90%:]")]
   assert [len(part) for part in parts] == [8, 1, 1]
-  assert sum(parts, []) == read(path=str(path)) == EXAMPLES
+  assert [*parts[0], *parts[1], *parts[2]] == read(path=str(path)) == EXAMPLES
   assert read(path=str(path), split="train[-2:]+train[:1]") == [*EXAMPLES[-2:], EXAMPLES[0]]
   assert read(path=str(path), num_examples=3) == EXAMPLES[:3]
 
@@ -84,7 +84,7 @@ def test_messages_from_parquet(tmp_path):
   assert read(path=str(tmp_path / "a.parquet"), messages_column="chat") == [{"messages": messages}]
   tokenizer = tokens.char_tokenizer()
   tokenizer.chat_template = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
   )
   spec = {"path": str(tmp_path / "a.parquet"), "messages_column": "chat"}

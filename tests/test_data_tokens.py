@@ -1,5 +1,6 @@
 """Tokens, loss masks and packing against what they must be."""
 
+import itertools
 import string
 
 import numpy as np
@@ -14,7 +15,8 @@ from mftjax.data import tokens
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 # Plain turns that end in eos and a newline, as most instruct models' templates do.
 CHAT_TEMPLATE = (
-  "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}\n{% endfor %}"
+  "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}"
+  "{{ '\n' }}{% endfor %}"
   "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 TOKENIZER = tokens.char_tokenizer()
@@ -144,7 +146,7 @@ def test_packing_keeps_every_token_once_in_order(sizes, length):
   starts = np.cumsum([1, *sizes])
   examples = [
     (np.arange(a, b, dtype=np.int32), (np.arange(a, b) % 3 > 0).astype(np.float32))
-    for a, b in zip(starts[:-1], starts[1:], strict=True)
+    for a, b in itertools.pairwise(starts)
   ]
   rows = tokens.pack(examples, length)
   assert rows.truncated == 0

@@ -137,8 +137,17 @@ def batches(rows: tokens.Rows, batch_size: int, source: int) -> list[types.Batch
   for start in range(0, len(rows.tokens), batch_size):
     parts = [a[start : start + batch_size] for a in (rows.tokens, rows.loss_mask, rows.segment_ids, rows.positions)]
     missing = batch_size - len(parts[0])
-    filled = [np.pad(part, ((0, missing), (0, 0))) for part in parts]
-    found.append(types.Batch(*filled, np.full(batch_size, source, np.int32), np.ones(batch_size, np.float32)))
+    found_tokens, loss_mask, segment_ids, positions = (np.pad(part, ((0, missing), (0, 0))) for part in parts)
+    found.append(
+      types.Batch(
+        tokens=found_tokens,
+        loss_mask=loss_mask,
+        segment_ids=segment_ids,
+        positions=positions,
+        source=np.full(batch_size, source, np.int32),
+        proposal=np.ones(batch_size, np.float32),
+      )
+    )
   return found
 
 

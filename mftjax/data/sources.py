@@ -175,13 +175,18 @@ def _table(path: pathlib.Path, where: str) -> list[dict[str, Any]]:
         _READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
       )
       return list(table)
+  except ValueError as error:
+    if "corresponds to no data" in str(error):  # how `datasets` says that there are columns but no rows
+      return []
+    raise errors.InputError(f"{where}.path: {path} cannot be read: {_last_words(error)}") from error
   except Exception as error:  # Arrow's, pandas' and those of `datasets` have no common base
     raise errors.InputError(f"{where}.path: {path} cannot be read: {_last_words(error)}") from error
 
 
 def _slice(rows: list[dict[str, Any]], split: str, path: pathlib.Path, where: str) -> list[dict[str, Any]]:
   try:
-    parts: Any = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    instruction: Any = datasets.ReadInstruction.from_spec(split)
+    parts = instruction.to_absolute({"train": len(rows)})
   except (ValueError, AssertionError) as error:
     raise errors.InputError(
       f"{where}.split = {split!r} does not fit {path}, whose only split is 'train' (with "

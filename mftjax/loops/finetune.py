@@ -114,17 +114,18 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
         checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   checkpoints.close()
-  return _export(network, tokenizer, state.params, memory, folder / "model")
+  model = network.merge(network.frozen, state.params, memory)
+  if config.lora.rank:
+    models.lora.merge(model)
+  _export(model, tokenizer, memory, folder / "model")
+  return folder / "model"
 
 
-def _export(network: task_lib.Network, tokenizer: Any, params: Any, memory: Any, folder: pathlib.Path) -> pathlib.Path:
-  """Write the model in transformers' format, the LoRA merged; the memory beside it, in a file of its own."""
-  model = network.merge(network.frozen, params, memory)
-  models.lora.merge(model)
+def _export(model: models.Decoder, tokenizer: Any, memory: Any, folder: pathlib.Path) -> None:
+  """Write the model in transformers' format, and its memory beside it, in a file of its own."""
   if memory is not None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {key: np.asarray(leaf) for key, leaf in task_lib.pure(memory).items()}
     safetensors.numpy.save_file(arrays, folder / "memory.safetensors")
-    model.memory = None
+    model.memory, model.memory_layers = None, ()
   models.save(model, tokenizer, folder)
-  return folder

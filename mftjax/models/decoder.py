@@ -207,7 +207,7 @@ class Decoder(nnx.Module):
     self.final_norm = nnx.Param(jnp.ones(config.hidden_size))
     if not config.tie_embeddings:
       self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.hidden_size, config.vocab_size)))
-    self.memory = nnx.data(None)
+    self.memory: Memory | None = nnx.data(None)
     self.memory_layers: tuple[int, ...] = ()
 
   def attach_memory(self, memory: Memory, layers: Sequence[int]) -> None:

@@ -74,7 +74,7 @@ class Memory(nnx.Module):
     hidden32 = hidden.astype(jnp.float32)
     normed = hidden32 * jax.lax.rsqrt(jnp.mean(hidden32**2, axis=-1, keepdims=True) + NORM_EPS)
     query = jnp.einsum("...d,dhk->...hk", normed, self.query[...]) * self.key_dim**-0.5
-    read = self._read_product(query) if self.product_keys else self._read_dense(query)
+    read = self._read_product(query, self.top_k) if self.product_keys and self.top_k else self._read_dense(query)
     return hidden + read.astype(hidden.dtype)
 
   def _read_dense(self, query: jax.Array) -> jax.Array:
@@ -85,16 +85,16 @@ class Memory(nnx.Module):
       scores = jnp.where(scores >= threshold, scores, -jnp.inf)
     return jnp.einsum("...hs,sd->...d", jax.nn.softmax(scores, axis=-1), self.values[...])
 
-  def _read_product(self, query: jax.Array) -> jax.Array:
+  def _read_product(self, query: jax.Array, top_k: int) -> jax.Array:
     """The same for product keys: the k best of a sum are among the k best of each half."""
     side = self.keys.shape[2]
-    num_best = min(self.top_k, side)
+    num_best = min(top_k, side)
     first, second = jnp.split(query, 2, axis=-1)
     first_scores, first_index = jax.lax.top_k(jnp.einsum("...hk,hsk->...hs", first, self.keys[0]), num_best)
     second_scores, second_index = jax.lax.top_k(jnp.einsum("...hk,hsk->...hs", second, self.keys[1]), num_best)
     pairs = (*query.shape[:-1], num_best**2)
     scores = (first_scores[..., :, None] + second_scores[..., None, :]).reshape(pairs)
     slots = (first_index[..., :, None] * side + second_index[..., None, :]).reshape(pairs)
-    best_scores, best = jax.lax.top_k(scores, self.top_k)
+    best_scores, best = jax.lax.top_k(scores, top_k)
     best_slots = jnp.take_along_axis(slots, best, axis=-1)
     return jnp.einsum("...hs,...hsd->...d", jax.nn.softmax(best_scores, axis=-1), self.values[...][best_slots])
