@@ -173,6 +173,22 @@ def test_bad_files(tmp_path):
   assert message(path=str(tmp_path / "head.csv")).startswith(f"{WHERE} is empty")
 
 
+def test_hub_ids(monkeypatch):
+  calls = []
+
+  def load_dataset(*args, **options):
+    calls.append((args, options))
+    if args[0] == "nobody/nothing":
+      raise ConnectionError("no such host")
+    return datasets.Dataset.from_list(EXAMPLES)
+
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+  assert read(path="somebody/something", subset="main", split="train[:5%]") == EXAMPLES
+  assert calls == [(("somebody/something", "main"), {"split": "train[:5%]"})]  # no remote code
+  with pytest.raises(errors.InputError, match="'nobody/nothing' is no local file, and .* no such host"):
+    read(path="nobody/nothing")
+
+
 def test_completion_that_tokenises_to_nothing_has_its_number():
   spec = {"examples": [EXAMPLES[0], {"prompt": "a", "completion": ""}]}
   with pytest.raises(errors.InputError, match=r"config\.sources\.mine, example 2: .*tokenises to nothing"):

@@ -242,7 +242,7 @@ def _columns(spec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], where: 
 def _examples(rows: Sequence[Mapping[str, Any]], columns: dict[str, str], where: str) -> list[dict[str, Any]]:
   found = []
   for number, row in enumerate(rows, start=1):
-    example = {name: row.get(column) for name, column in columns.items()}
+    example: dict[str, Any] = {name: row.get(column) for name, column in columns.items()}
     for name, value in example.items():
       is_right = _is_messages(value) if name == "messages" else isinstance(value, str)
       if not is_right:
