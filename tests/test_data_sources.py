@@ -185,7 +185,7 @@ def test_hub_ids(monkeypatch):
   monkeypatch.setattr(datasets, "load_dataset", load_dataset)
   assert read(path="somebody/something", subset="main", split="train[:5%]") == EXAMPLES
   assert calls == [(("somebody/something", "main"), {"split": "train[:5%]"})]  # no remote code
-  with pytest.raises(errors.InputError, match="'nobody/nothing' is no local file, and .* no such host"):
+  with pytest.raises(errors.InputError, match=r"'nobody/nothing' is no local file, and .* no such host"):
     read(path="nobody/nothing")
 
 

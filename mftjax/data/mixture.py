@@ -166,4 +166,4 @@ def _systematic_counts(proposal: np.ndarray, batch_size: int, offset: float) -> 
   # A stretch that ends on a whole number must not lose its last row to rounding.
   ends = np.where(np.abs(ends - np.rint(ends)) < 1e-6, np.rint(ends), ends)
   ends[-1] = batch_size
-  return np.diff(np.ceil(ends - 0.5), prepend=0.0).astype(np.int64)
+  return np.diff(np.ceil(ends - offset), prepend=0.0).astype(np.int64)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from mftjax import command, models, sft
@@ -45,17 +44,6 @@ def exact_match(model: models.Decoder, tokenizer: Any, examples: list[dict], max
   return float(np.mean([t == e["completion"].strip() for t, e in zip(texts, examples, strict=True)]))
 
 
-def load_finetuned(config: ml_collections.ConfigDict, folder: pathlib.Path) -> tuple[models.Decoder, Any]:
-  """An exported model, with its memory if it has one."""
-  model, tokenizer = models.load(str(folder), dtype=config.model.dtype)
-  path = folder / "memory.safetensors"
-  if path.exists():
-    task_lib.attach_memory(model, config)
-    memory = nnx.state(model, models.MemoryParam)
-    nnx.update(model, task_lib.unpure(memory, safetensors.numpy.load_file(path)))
-  return model, tokenizer
-
-
 def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Measure the base model and every fine-tuned one of the workdir; writes and returns `evaluation.json`.
 
@@ -74,7 +62,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
   folders = sorted(path.parent for path in workdir.glob("finetune/*/model/config.json"))
   table = []
   for name, folder in [("base", None), *((folder.parent.name, folder) for folder in folders)]:
-    model, model_tokenizer = (base, tokenizer) if folder is None else load_finetuned(config, folder)
+    model, model_tokenizer = (base, tokenizer) if folder is None else models.load(str(folder), dtype=base.config.dtype)
     losses, matches = {}, {}
     for ability, found in examples.items():
       packed = tokens.pack([tokens.tokenize(e, model_tokenizer) for e in found], config.length, config.truncate_side)

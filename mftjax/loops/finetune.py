@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors.numpy
 from absl import logging
 
 from mftjax import checkpoint, command, errors, metagrad, models, recipe, sft, tracking
@@ -114,18 +113,5 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
         checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   checkpoints.close()
-  model = network.merge(network.frozen, state.params, memory)
-  if config.lora.rank:
-    models.lora.merge(model)
-  _export(model, tokenizer, memory, folder / "model")
+  models.save(network.merge(network.frozen, state.params, memory), tokenizer, folder / "model")
   return folder / "model"
-
-
-def _export(model: models.Decoder, tokenizer: Any, memory: Any, folder: pathlib.Path) -> None:
-  """Write the model in transformers' format, and its memory beside it, in a file of its own."""
-  if memory is not None:
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {key: np.asarray(leaf) for key, leaf in task_lib.pure(memory).items()}
-    safetensors.numpy.save_file(arrays, folder / "memory.safetensors")
-    model.memory, model.memory_layers = None, ()
-  models.save(model, tokenizer, folder)
