@@ -66,24 +66,28 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def table(evaluation: Mapping[str, Any]) -> rich.table.Table:
-  """The comparison of an `evaluation.json` for the terminal, the best value of each column bold.
+  """The comparison of an `evaluation.json` for the terminal, the best value of each line bold.
 
   Args:
     evaluation: `{"tokens", "abilities": [name], "rows": [{"name", "loss": {ability: nats},
       "exact_match": {ability: fraction}, "mean_loss", "mean_exact_match", "tokens"}]}`.
 
   Returns:
-    One row per recipe compared; loss lower is better, exact match higher.
+    A column per recipe compared, so that many abilities fit a terminal; loss lower is better, exact match higher.
 
   Raises:
     InputError: a field is missing.
   """
   header, rows = _cells(evaluation, "evaluation")
   result = rich.table.Table()
-  for index, name in enumerate(header):
-    result.add_column(rich.text.Text(name), justify="left" if index == 0 else "right")
+  result.add_column(header[0])
   for row in rows:
-    result.add_row(*(rich.text.Text(text, style="bold" if is_best else "") for text, is_best in row))
+    result.add_column(rich.text.Text(row[0][0]), justify="right")
+  for index, name in enumerate(header[1:], start=1):
+    values = (row[index] for row in rows)
+    result.add_row(
+      rich.text.Text(name), *(rich.text.Text(text, style="bold" if is_best else "") for text, is_best in values)
+    )
   return result
 
 
