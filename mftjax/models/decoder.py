@@ -41,7 +41,7 @@ class DecoderConfig:
   tie_embeddings: bool = False
   attention_bias: bool = False  # on q, k, v; for llama on the output projection too
   max_length: int = 2048
-  remat: bool = False  # keep only each layer's input for the gradient, compute the rest again
+  remat: bool = False  # keep only each layer's input for the gradient, not the results of its projections too
   dtype: Any = jnp.float32  # of the computation; parameters are stored as they were given (f32 when new)
 
   def __post_init__(self):
@@ -129,21 +129,31 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array)
     `[batch, query_length, num_heads * head_dim]`.
   """
   batch, query_length, num_heads, head_dim = q.shape
-  grouped = q.reshape(batch, query_length, k.shape[2], num_heads // k.shape[2], head_dim)
-  scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-  weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-  return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(batch, query_length, num_heads * head_dim)
+  kv_heads, group = k.shape[2], num_heads // k.shape[2]
+  # Heads beside the batch and the queries of a group as rows of one matrix: plain batched products, the fast ones.
+  q = (q * head_dim**-0.5).reshape(batch, query_length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+  rows = (batch, kv_heads, group * query_length)
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(*rows, head_dim), k, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores.reshape(*rows[:2], group, query_length, -1), MASKED)
+  # The softmax does not depend on the shift, so nor do its derivatives, of any order; divided after the product.
+  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))).reshape(*rows, -1)
+  out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+  out = out.reshape(batch, kv_heads, group, query_length, head_dim).transpose(0, 3, 1, 2, 4)
+  return out.reshape(batch, query_length, num_heads * head_dim)
 
 
 def project(params: dict[str, jax.Array], name: str, x: jax.Array, lora_scale: float) -> jax.Array:
   """`x W + bias + lora_scale (x A) B`, each term where the layer has it."""
+  leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])  # the gradient of a product over one axis is the faster one
   out = x @ params[name].astype(x.dtype)
   if f"{name}_bias" in params:
     out += params[f"{name}_bias"].astype(x.dtype)
   if f"{name}_lora_a" in params:
     low = x @ params[f"{name}_lora_a"].astype(x.dtype)
     out += lora_scale * (low @ params[f"{name}_lora_b"].astype(x.dtype))
-  return out
+  return out.reshape(*leading, -1)
 
 
 def layer(
@@ -260,7 +270,9 @@ class Decoder(nnx.Module):
     """`[..., vocab_size]` f32 logits of `[..., hidden_size]` last hidden states."""
     normed = rms_norm(hidden, self.final_norm[...], self.config.norm_eps)
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-    return jnp.matmul(normed, head.astype(normed.dtype), preferred_element_type=jnp.float32)
+    flat = normed.reshape(-1, normed.shape[-1])  # as in `project`
+    out = jnp.matmul(flat, head.astype(normed.dtype), preferred_element_type=jnp.float32)
+    return out.reshape(*hidden.shape[:-1], -1)
 
   def run_layers(
     self,
@@ -278,8 +290,12 @@ class Decoder(nnx.Module):
       params, layer_cache = inputs
       return layer(params, hidden, rope, mask, config, lora_scale, layer_cache, index)
 
-    if config.remat and cache is None:
-      body = jax.checkpoint(body, prevent_cse=False)  # inside a scan nothing can be merged over steps anyway
+    if cache is None:
+      # Stacking a scan's residuals costs more than computing the cheap ones again: keep the projections, or nothing.
+      # prevent_cse: inside a scan nothing can be merged over steps anyway.
+      policies = jax.checkpoint_policies
+      keep = policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
+      body = jax.checkpoint(body, policy=keep, prevent_cse=False)
     arrays = self.layers.arrays()
     caches = []
     start = 0
