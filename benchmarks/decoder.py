@@ -2,7 +2,7 @@
 
 python -m benchmarks.decoder [--json=FILE]
 
-Both sides: f32, gradient of the mean token loss with no optimiser, batch 8 x 256, the same number of CPU threads, on two
+Both sides: f32, gradient of the mean token loss, no optimiser, batch 8 x 256, the same number of CPU threads, on two
 shapes: `small` (width 256, 8 layers, vocabulary 4,096) and SmolLM2-135M's, with random weights. The two sides take
 turns; medians are printed. Compile time is that of the outer step (mixed, T = 4) at two depths, without cache.
 """
