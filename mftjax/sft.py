@@ -26,7 +26,7 @@ def row_losses(logits: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax.Ar
   """Cross-entropy of the masked tokens of each row.
 
   Args:
-    logits: `[batch, length, vocab]` f32; position l predicts token l + 1.
+    logits: `[batch, length, vocab]` f32 or f64; position l predicts token l + 1.
     batch: rows of tokens; a token is a target if its mask is 1 and the token before it is of the same segment.
 
   Returns:
@@ -35,7 +35,7 @@ def row_losses(logits: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax.Ar
   targets = batch.tokens[:, 1:]
   same_segment = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] > 0)
   mask = batch.loss_mask[:, 1:] * same_segment
-  nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), targets)
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
   count = mask.sum(axis=1)
   return (nll * mask).sum(axis=1) / jnp.maximum(count, 1.0), count
 

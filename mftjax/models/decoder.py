@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
@@ -16,6 +17,8 @@ FAMILIES = ("llama", "qwen2")
 
 # Finite, so that the softmax of a padding row (nothing to attend to) is uniform and not NaN.
 MASKED = -1e30
+
+LONGEST_SUM = 640  # terms that a product on a CPU adds up in one go
 
 Cache = tuple[jax.Array, jax.Array]  # keys, values: each [num_layers, batch, cache_length, num_kv_heads, head_dim]
 
@@ -95,16 +98,21 @@ class Layers(nnx.Module):
     return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Variable)}
 
 
+def at_least_f32(dtype: Any) -> Any:
+  """The dtype of sums: f32 for lower precision, f64 for f64."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
 def rms_norm(hidden: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """`scale * hidden / sqrt(mean(hidden^2) + eps)` over the last axis, the statistics in f32."""
-  hidden32 = hidden.astype(jnp.float32)
-  normed = hidden32 * jax.lax.rsqrt(jnp.mean(hidden32**2, axis=-1, keepdims=True) + eps)
+  """`scale * hidden / sqrt(mean(hidden^2) + eps)` over the last axis, the statistics in f32 or better."""
+  wide = hidden.astype(at_least_f32(hidden.dtype))
+  normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
   return scale.astype(hidden.dtype) * normed.astype(hidden.dtype)
 
 
 def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines `[batch, length, 1, head_dim]` f32 of the rotary embedding, for `[batch, length]` positions."""
-  frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  frequencies = (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
   angles = positions[..., None].astype(jnp.float32) * frequencies
   angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
   return jnp.cos(angles), jnp.sin(angles)
@@ -134,20 +142,34 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array)
   q = (q * head_dim**-0.5).reshape(batch, query_length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
   rows = (batch, kv_heads, group * query_length)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(*rows, head_dim), k, preferred_element_type=jnp.float32)
+  scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(*rows, head_dim), k, preferred_element_type=at_least_f32(k.dtype))
   scores = jnp.where(mask[:, None, None], scores.reshape(*rows[:2], group, query_length, -1), MASKED)
   # The softmax does not depend on the shift, so nor do its derivatives, of any order; divided after the product.
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))).reshape(*rows, -1)
-  out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=at_least_f32(v.dtype))
   out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
   out = out.reshape(batch, kv_heads, group, query_length, head_dim).transpose(0, 3, 1, 2, 4)
   return out.reshape(batch, query_length, num_heads * head_dim)
 
 
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """`x weight` of `[rows, in]` and `[in, out]`.
+
+  On a CPU long sums are split: XLA adds their terms one after the other, and in layers whose activations are huge
+  (22,000 in SmolLM2-135M) the rounding of 1,536 terms alone moves the logits by 1e-4.
+  """
+  length = x.shape[1]
+  if jax.default_backend() != "cpu" or length <= LONGEST_SUM:
+    return x @ weight
+  size = -(-length // -(-length // LONGEST_SUM))  # parts of one size, but for the last
+  parts = [slice(start, start + size) for start in range(0, length, size)]
+  return functools.reduce(jnp.add, (x[:, part] @ weight[part] for part in parts))
+
+
 def project(params: dict[str, jax.Array], name: str, x: jax.Array, lora_scale: float) -> jax.Array:
   """`x W + bias + lora_scale (x A) B`, each term where the layer has it."""
   leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])  # the gradient of a product over one axis is the faster one
-  out = x @ params[name].astype(x.dtype)
+  out = product(x, params[name].astype(x.dtype))
   if f"{name}_bias" in params:
     out += params[f"{name}_bias"].astype(x.dtype)
   if f"{name}_lora_a" in params:
@@ -247,7 +269,7 @@ class Decoder(nnx.Module):
       positions: `[batch, length]` int; restart with each segment when left out.
 
     Returns:
-      `[batch, length, vocab_size]` f32; those at padding mean nothing (but are finite).
+      `[batch, length, vocab_size]` f32 (f64 in f64); those at padding mean nothing (but are finite).
 
     Raises:
       InputError: more tokens than `config.max_length`.
@@ -271,7 +293,7 @@ class Decoder(nnx.Module):
     normed = rms_norm(hidden, self.final_norm[...], self.config.norm_eps)
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
     flat = normed.reshape(-1, normed.shape[-1])  # as in `project`
-    out = jnp.matmul(flat, head.astype(normed.dtype), preferred_element_type=jnp.float32)
+    out = jnp.matmul(flat, head.astype(normed.dtype), preferred_element_type=at_least_f32(normed.dtype))
     return out.reshape(*hidden.shape[:-1], -1)
 
   def run_layers(
