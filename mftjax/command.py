@@ -93,8 +93,8 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
   path = workdir / "config.json"
   if not path.exists():
     return
-  mine = config_lib._flatten(json.loads(config.to_json_best_effort()))
-  theirs = config_lib._flatten(json.loads(path.read_text()))
+  mine = config_lib.flatten(json.loads(config.to_json_best_effort()))
+  theirs = config_lib.flatten(json.loads(path.read_text()))
   for name in sorted(mine.keys() | theirs.keys()):
     if mine.get(name) != theirs.get(name) and name != "compilation_cache":
       raise errors.InputError(

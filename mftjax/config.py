@@ -129,11 +129,12 @@ def help_text() -> str:
   return "\n".join(lines)
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested fields by their dotted names."""
   flat = {}
   for name, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
-      flat.update(_flatten(value, f"{prefix}{name}."))
+      flat.update(flatten(value, f"{prefix}{name}."))
     else:
       flat[prefix + name] = value
   return flat
@@ -142,7 +143,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check(config: ml_collections.ConfigDict) -> None:
   """Raise `InputError` for the first field that is unknown or out of its range."""
   free = ("sources", "abilities", "hyperparameters")
-  for name, value in _flatten({k: v for k, v in config.items() if k not in free}).items():
+  for name, value in flatten({k: v for k, v in config.items() if k not in free}).items():
     if name not in FIELDS:
       raise errors.unknown_name("config field", name, FIELDS)
     field = FIELDS[name]

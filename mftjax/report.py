@@ -80,41 +80,38 @@ def table(evaluation: Mapping[str, Any]) -> rich.table.Table:
   """
   header, rows = _cells(evaluation, "evaluation")
   result = rich.table.Table()
-  result.add_column(header[0])
+  for index, name in enumerate(header):
+    result.add_column(rich.text.Text(name), justify="left" if index == 0 else "right")
   for row in rows:
-    result.add_column(rich.text.Text(row[0][0]), justify="right")
-  for index, name in enumerate(header[1:], start=1):
-    values = (row[index] for row in rows)
-    result.add_row(
-      rich.text.Text(name), *(rich.text.Text(text, style="bold" if is_best else "") for text, is_best in values)
-    )
+    result.add_row(*(rich.text.Text(text, style="bold" if is_best else "") for text, is_best in row))
   return result
 
 
 def _cells(evaluation: Mapping[str, Any], where: str) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-  """Header, and rows of (text, is_best)."""
+  """Header (the recipes), and a row of (text, is_best) for each measure."""
   try:
-    abilities, rows = list(evaluation["abilities"]), list(evaluation["rows"])
-    columns: list[tuple[str, list[Any], Any]] = [
-      ("mean loss", [row["mean_loss"] for row in rows], min),
-      ("mean exact match", [row["mean_exact_match"] for row in rows], max),
+    abilities, recipes = list(evaluation["abilities"]), list(evaluation["rows"])
+    measures: list[tuple[str, list[Any], Any]] = [
+      ("mean loss", [recipe["mean_loss"] for recipe in recipes], min),
+      ("mean exact match", [recipe["mean_exact_match"] for recipe in recipes], max),
     ]
-    columns += [(f"{name}: loss", [row["loss"].get(name) for row in rows], min) for name in abilities]
-    columns += [(f"{name}: exact match", [row["exact_match"].get(name) for row in rows], max) for name in abilities]
-    names = [str(row["name"]) for row in rows]
-    tokens = [row.get("tokens") for row in rows]
+    measures += [(f"{name}: loss", [recipe["loss"].get(name) for recipe in recipes], min) for name in abilities]
+    measures += [
+      (f"{name}: exact match", [recipe["exact_match"].get(name) for recipe in recipes], max) for name in abilities
+    ]
+    names = [str(recipe["name"]) for recipe in recipes]
+    tokens = [recipe.get("tokens") for recipe in recipes]
   except (KeyError, TypeError, AttributeError) as error:
     raise InputError(f"{where}: not an evaluation, it lacks {error}.") from error
-  body: list[list[tuple[str, bool]]] = [[(name, False)] for name in names]
-  for _, values, better in columns:
+  rows: list[list[tuple[str, bool]]] = []
+  for measure, values, better in measures:
     finite = [value for value in values if _is_finite(value)]
-    # One row has nothing to be better than, and all alike are not best either.
+    # One recipe has nothing to be better than, and all alike are not best either.
     best = better(finite) if len(set(finite)) > 1 else None
-    for cells, value in zip(body, values, strict=True):
-      cells.append(("–" if not _is_finite(value) else f"{value:.4f}", _is_finite(value) and value == best))
-  for cells, value in zip(body, tokens, strict=True):
-    cells.append((f"{value:,}" if isinstance(value, int) else "–", False))
-  return ["recipe", *(name for name, _, _ in columns), "tokens"], body
+    cells = [("–" if not _is_finite(v) else f"{v:.4f}", _is_finite(v) and v == best) for v in values]
+    rows.append([(measure, False), *cells])
+  rows.append([("tokens", False), *((f"{v:,}" if isinstance(v, int) else "–", False) for v in tokens)])
+  return ["", *names], rows
 
 
 def _plots(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -272,7 +269,7 @@ summary { cursor: pointer; color: var(--soft); margin: .75rem 0; }
 <p class="soft">Fine-tuned with each recipe
 {%- if tokens is number %} for {{ "{:,}".format(tokens) }} tokens{% endif %}, measured on held-out data.
 Loss in nats a token, lower is better; exact match as a fraction, higher is better.
-The best of each column is bold.</p>
+The best of each line is bold.</p>
 <div class="scroll"><table>
 <thead><tr>{% for cell in table[0] %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
