@@ -16,7 +16,7 @@ def get_config():
   config.task = "quickstart"
   config.length = 64
   config.batch_size = 16
-  config.budget_tokens = 400 * 16 * 64
+  config.budget_tokens = 640 * 16 * 64
   config.sources = ml_collections.ConfigDict(
     {
       "copying": {"suite": "copying", "num_examples": 4000},
@@ -31,7 +31,9 @@ def get_config():
   config.abilities = ml_collections.ConfigDict(
     {name: {"suite": name, "num_examples": 1000} for name in ("copying", "lookup", "sorting", "uppercase")}
   )
-  config.meta.outer_steps = 150
-  config.meta.unroll_length = 8
+  # Long unrolls and few outer steps: short ones shrink the learning rate, and see the corrupted source's harm late.
+  config.meta.outer_steps = 80
+  config.meta.unroll_length = 32
+  config.meta.learning_rate = 0.15
   config.evaluate.max_new_tokens = 16
   return config

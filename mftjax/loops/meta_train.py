@@ -59,13 +59,17 @@ def init_meta_params(config: ml_collections.ConfigDict, network: task_lib.Networ
 
 
 def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """Adam after clipping, with a learning rate of its own for the memory."""
+  """Adam after clipping, with a learning rate of its own for the memory; both fall to a tenth by a cosine.
+
+  The fall averages the noise of single windows out of what the last steps leave.
+  """
   rates = {"learner": config.meta.learning_rate, "memory": config.meta.memory_learning_rate}
+  decay = lambda rate: optax.cosine_decay_schedule(rate, config.meta.outer_steps, alpha=0.1)
   memory_only = lambda name: lambda _: "memory" if name == "memory" else "learner"
   labels = lambda meta_params: {name: jax.tree.map(memory_only(name), part) for name, part in meta_params.items()}
   return optax.chain(
     optax.clip_by_global_norm(config.meta.clip_norm),
-    optax.partition({name: optax.adam(rate, b1=0.9, b2=0.99) for name, rate in rates.items()}, labels),
+    optax.partition({name: optax.adam(decay(rate), b1=0.9, b2=0.99) for name, rate in rates.items()}, labels),
   )
 
 
@@ -114,6 +118,17 @@ def readable(config: ml_collections.ConfigDict, meta_params: Any) -> tuple[dict[
   )
 
 
+def draw_run_length(config: ml_collections.ConfigDict, step: int) -> int:
+  """Inner steps after which a run that starts at this outer step makes way for a fresh one.
+
+  Random between half and all of the horizon: fresh starts come at random moments, and windows see the late parts of
+  a run nearly as often as the early ones.
+  """
+  horizon = config_lib.num_steps(config)
+  low = max(horizon // 2, config.meta.unroll_length)
+  return int(np.random.default_rng([config.seed, step]).integers(low, horizon, endpoint=True))
+
+
 def init_state(config: ml_collections.ConfigDict, network: task_lib.Network) -> OuterState:
   """The state before the first outer step."""
   meta_params = init_meta_params(config, network)
@@ -150,12 +165,13 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
   uniform = np.full(num_abilities, 1 / num_abilities)
   command.claim_workdir(config, workdir)
 
-  state, start = init_state(config, network), 0
+  state, start, run_length = init_state(config, network), 0, draw_run_length(config, 0)
   found = restore(config, network, workdir)
   if found:
     start, state, data = found
     stream.restore(data["stream"])
     ability_stream.restore(data["ability_stream"])
+    run_length = data["run_length"]
     logging.warning("Going on from outer step %d in %s.", start, workdir)
   tracking.truncate(workdir / "metrics.jsonl", "meta_train", start)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
@@ -176,10 +192,9 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
       proposal = mixture.proposal(weights, config.meta.uniform_fraction)
       inner_batches = task_lib.stack([stream.next(proposal) for _ in range(length)])
       outer_batch = ability_stream.next(uniform)
-      # Fresh starts at random moments, so that windows see every part of a run of num_steps.
-      horizon = config_lib.num_steps(config)
-      chance = np.random.default_rng([config.seed, step]).random() < length / horizon
-      is_fresh = chance or inner_steps_done + length > horizon
+      is_fresh = inner_steps_done + length > run_length
+      if is_fresh:
+        run_length = draw_run_length(config, step)
       key = jax.random.fold_in(jax.random.key(config.seed), step)
       state, metrics = outer_step(network.frozen, state, network.params, is_fresh, inner_batches, outer_batch, key)
       inner_steps_done = int(state.inner.step)
@@ -192,7 +207,7 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
         np.savez(path, **task_lib.pure({"inner": inner_batches, "outer": outer_batch}))
         raise errors.MftError(f"{skipped} outer steps in a row were not finite; the last batch is in {path}.")
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
-        data = {"stream": stream.state(), "ability_stream": ability_stream.state()}
+        data = {"stream": stream.state(), "ability_stream": ability_stream.state(), "run_length": run_length}
         checkpoints.save(step + 1, task_lib.pure(state), data)
   checkpoints.close()
 
