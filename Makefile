@@ -1,12 +1,14 @@
-# make quickstart: install, then meta-train, predict, finetune and evaluate on the embedded data.
+# make quickstart: install, train a small base model, then meta-train, predict, finetune and evaluate on the embedded data.
 # make test: install with the development tools, then lint, types and all tests.
-# Variables: PYTHON (3.11 or newer), VENV, SEED, WORKDIR, ARGS.
+# Variables: PYTHON (3.11 or newer), VENV, SEED, BASE, WORKDIR.
 
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+BASE ?= runs/base-$(SEED)
 WORKDIR ?= runs/quickstart-$(SEED)
-ARGS ?= --config=configs/quickstart.py --config.seed=$(SEED) --workdir=$(WORKDIR)
+ARGS := --config=configs/quickstart.py --config.seed=$(SEED) --workdir=$(WORKDIR) \
+  --config.model.path=$(BASE)/finetune/default/model
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -56,6 +58,7 @@ torch: $(VENV)/.installed  ## try (again) to install the CPU build of torch, for
 	  echo "NOTE: no CPU build of torch $(TORCH_VERSION) to be had; the tests against torch will be skipped. 'make torch' tries again."; }
 
 quickstart: $(VENV)/.installed  ## the main job on the embedded data: default against learnt recipe
+	$(BIN)/python -m experiments.finetune --config=configs/base.py --config.seed=$(SEED) --workdir=$(BASE) --recipe=default
 	$(BIN)/python -m experiments.meta_train $(ARGS)
 	$(BIN)/python -m experiments.predict $(ARGS)
 	$(BIN)/python -m experiments.finetune $(ARGS) --recipe=default

@@ -54,7 +54,6 @@ def get_config(variant="small"):
     config.meta.outer_steps = 45
     config.meta.unroll_length = 3
     config.meta.ability_rows = 1
-    config.meta.learning_rate = 0.1
     config.checkpoint_every = 5
     config.evaluate.num_rows = 16
     config.evaluate.num_generated = 8

@@ -15,6 +15,9 @@ from ml_collections import config_flags
 from mftjax import config as config_lib
 from mftjax import errors
 
+# It would say at each start that torch is missing, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/X.py[:variant]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same command again resumes")
 
@@ -37,6 +40,9 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
   except errors.InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except errors.MftError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
   except Exception:
     traceback.print_exc()
     sys.exit(1)

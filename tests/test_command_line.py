@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "tests/tiny_config.py"
@@ -25,16 +29,18 @@ def run(script, workdir, *extra, config=CONFIG):
   )
 
 
-def run_path(workdir, config=CONFIG):
-  for script, *extra in (
-    ("meta_train",),
-    ("predict", "--export=trl,axolotl"),
-    ("finetune", "--recipe=default"),
-    ("finetune",),
-    ("evaluate",),
-  ):
-    done = run(script, workdir, *extra, config=config)
-    assert done.returncode == 0, done.stderr
+def run_readme(workdir, config=CONFIG):
+  """The five commands as README gives them, with another config and workdir."""
+  blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+  (path,) = [block for block in blocks if "experiments.evaluate" in block]
+  for old, new in (("configs/quickstart.py", config), ("runs/quickstart", str(workdir))):
+    assert old in path
+    path = path.replace(old, new)
+  base, path = path.split("\n\n")  # the tiny model needs no base
+  assert "configs/base.py" in base and path.count("python -m") == 5
+  environment = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+  done = subprocess.run(["bash", "-ec", path], capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
+  assert done.returncode == 0, done.stderr
   return done
 
 
@@ -48,7 +54,7 @@ def numbers(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "whole"
-  return workdir, run_path(workdir)
+  return workdir, run_readme(workdir)
 
 
 @pytest.mark.slow
@@ -58,7 +64,6 @@ def test_the_whole_path(finished):
   assert recipe["format"] == "mftjax-recipe/1"
   assert set(recipe["mixture"]) == {"copying", "reversal", "wrong"}
   assert sum(recipe["mixture"].values()) == pytest.approx(1)
-  assert (workdir / "recipe.trl").exists() and (workdir / "recipe.axolotl").exists()
   table = json.loads((workdir / "evaluation.json").read_text())
   rows = {row["name"]: row for row in table["rows"]}
   assert set(rows) == {"base", "default", "learnt"}
@@ -103,10 +108,8 @@ def test_kill_and_run_again_ends_at_the_same_numbers(finished, script, tmp_path)
 
 @pytest.mark.slow
 def test_memory_and_lora_go_through_the_path(tmp_path):
-  run_path(tmp_path / "memory", config=f"{CONFIG}:memory")
+  run_readme(tmp_path / "memory", config=f"{CONFIG}:memory")
   folder = tmp_path / "memory" / "finetune"
-  import safetensors.numpy
-
   memory = safetensors.numpy.load_file(folder / "learnt" / "model" / "memory.safetensors")
   # A new memory's values are zero: the meta-gradient has written into them.
   assert any(np.abs(value).max() > 0 for value in memory.values())
@@ -114,24 +117,89 @@ def test_memory_and_lora_go_through_the_path(tmp_path):
   assert any(not np.array_equal(memory[name], fresh[name]) for name in memory)
 
 
-BAD_INPUT = {
-  "missing file": (["--config.sources.copying.suite=copyin"], "copying"),
-  "unknown field": (["--config.meta.outer_stepz=3"], "outer_steps"),
-  "out of range": (["--config.meta.outer_steps=0"], "config.meta.outer_steps = 0"),
-  "model folder without weights": (["--config.model.path=tests"], "tests"),
-  "heads do not divide": (["--config.model.num_heads=3"], "does not divide"),
+@pytest.mark.slow
+def test_predict_exports_for_other_trainers(finished):
+  workdir, _ = finished
+  assert run("predict", workdir, "--export=trl,axolotl").returncode == 0
+  learning_rate = json.loads((workdir / "recipe.json").read_text())["hyperparameters"]["learning_rate"]
+  trl, axolotl = (yaml.safe_load((workdir / f"recipe.{name}").read_text()) for name in ("trl", "axolotl"))
+  assert trl["sft_config"]["learning_rate"] == axolotl["learning_rate"] == pytest.approx(learning_rate)
+
+
+BAD_FILES = {
+  "missing file": (None, "there is no file missing.jsonl"),
+  "not JSON": ('{"prompt": "a", "completion": "b"}\n{oops\n', "data.jsonl:2"),
+  "missing column": ('{"prompt": "a", "completio": "b"}\n', "completion"),
+  "empty source": ("", "empty"),
+  "empty completion": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n', "example 2"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_message_and_exit_2(name, tmp_path):
-  flags, expected = BAD_INPUT[name]
-  workdir = tmp_path / "untouched"
-  done = run("meta_train", workdir, *flags)
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_message_and_exit_2(name, tmp_path):
+  text, expected = BAD_FILES[name]
+  flags = []
+  if text is not None:
+    (tmp_path / "data.jsonl").write_text(text)
+    flags = [f"--config.sources.copying.path={tmp_path / 'data.jsonl'}"]
+  refused("meta_train", tmp_path / "untouched", *flags, config=f"{CONFIG}:files", expected=expected)
+
+
+BAD_FLAGS = {
+  "unknown suite": (["--config.sources.copying.suite=copyin"], "Did you mean 'copying'"),
+  "unknown field": (["--config.meta.outer_stepz=3"], "outer_steps"),
+  "out of range": (["--config.meta.outer_steps=0"], "config.meta.outer_steps = 0"),
+  "model folder without weights": (["--config.model.path=tests"], "tests"),
+  "heads do not divide": (["--config.model.num_heads=3"], "does not divide"),
+  "no recipe yet": (None, "experiments.predict"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_a_bad_flag_is_one_message_and_exit_2(name, tmp_path):
+  flags, expected = BAD_FLAGS[name]
+  script = "finetune" if flags is None else "meta_train"
+  refused(script, tmp_path / "untouched", *(flags or []), expected=expected)
+
+
+def refused(script, workdir, *extra, expected, config=CONFIG):
+  done = run(script, workdir, *extra, config=config)
   assert done.returncode == 2, done.stderr
   assert expected in done.stderr and "Traceback" not in done.stderr
   assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_model_whose_shapes_do_not_fit(finished, tmp_path):
+  workdir, _ = finished
+  folder = tmp_path / "model"
+  shutil.copytree(workdir / "finetune" / "learnt" / "model", folder)
+  values = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 8}))
+  refused("meta_train", tmp_path / "untouched", f"--config.model.path={folder}", expected="(64, 16)")
+
+
+@pytest.mark.slow
+def test_cut_prompts_are_counted(tmp_path):
+  (tmp_path / "data.jsonl").write_text(f'{{"prompt": "{"a" * 100}", "completion": "b"}}\n' * 3)
+  flags = [f"--config.sources.copying.path={tmp_path / 'data.jsonl'}", "--config.meta.outer_steps=1"]
+  done = run("meta_train", tmp_path / "run", *flags, config=f"{CONFIG}:files")
+  assert done.returncode == 0, done.stderr
+  assert "config.sources.copying: 3 prompts do not fit 48 tokens and were cut on the left" in done.stderr
+
+
+@pytest.mark.slow
+def test_non_finite_steps_are_skipped_and_stop_the_run(tmp_path):
+  flags = [f"--config.hyperparameters.learning_rate.{name}" for name in ("high=1e38", "value=1e37")]
+  done = run("meta_train", tmp_path / "run", *flags, "--config.meta.max_skipped=3")
+  assert done.returncode == 1 and "3 outer steps in a row" in done.stderr and "Traceback" not in done.stderr
+  assert (tmp_path / "run" / "non_finite_batch.npz").exists()
+  lines = numbers(tmp_path / "run")
+  assert [line["skipped"] for line in lines[-3:]] == [1, 2, 3]
+  # What was skipped changed nothing.
+  assert lines[-1]["mixture"] == lines[-3]["mixture"]
 
 
 @pytest.mark.slow
@@ -154,10 +222,7 @@ def test_a_recipe_that_does_not_fit(finished, tmp_path):
   ):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({**recipe, **change}))
-    done = run("finetune", tmp_path / "untouched", f"--recipe={path}")
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "untouched").exists()
+    refused("finetune", tmp_path / "untouched", f"--recipe={path}", expected=expected)
 
 
 def test_help_lists_the_fields_and_exits_0():

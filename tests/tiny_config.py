@@ -34,6 +34,8 @@ def get_config(variant=""):
       "reversal": {"suite": "reversal", "num_examples": 20},
     }
   )
+  if variant == "files":
+    config.sources.copying = ml_collections.ConfigDict({"path": "missing.jsonl"})
   if variant == "memory":
     config.memory.num_slots = 4
     config.memory.key_dim = 4

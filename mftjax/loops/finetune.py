@@ -87,8 +87,8 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
     return state, loss
 
   state, start = metagrad.init(build_problem(network.frozen), meta_params, network.params), 0
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
-  resumed = checkpoints.restore(task_lib.pure(state))
+  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+    resumed = checkpoints.restore(task_lib.pure(state))
   if resumed:
     start, state = resumed[0], task_lib.unpure(state, resumed[1])
     stream.restore(resumed[2]["stream"])
@@ -103,7 +103,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
     start_step=start,
     tokens_per_step=batch_size * config.length,
   )
-  with tracker:
+  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints, tracker:
     for step in range(start, num_steps):
       key = jax.random.fold_in(jax.random.key(config.seed), step)
       state, loss = train_step(network.frozen, meta_params, state, stream.next(proposal), key)
@@ -112,6 +112,5 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
       tracker.log(step + 1, {"loss": float(loss)})
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
         checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
-  checkpoints.close()
   models.save(network.merge(network.frozen, state.params, memory), tokenizer, folder / "model")
   return folder / "model"

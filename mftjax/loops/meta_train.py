@@ -59,18 +59,19 @@ def init_meta_params(config: ml_collections.ConfigDict, network: task_lib.Networ
 
 
 def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """Adam after clipping, with a learning rate of its own for the memory; both fall to a tenth by a cosine.
+  """Adam after clipping, with a learning rate for each kind of meta-parameter; all fall to a tenth by a cosine.
 
   The fall averages the noise of single windows out of what the last steps leave.
   """
-  rates = {"learner": config.meta.learning_rate, "memory": config.meta.memory_learning_rate}
+  rates = {
+    "mixture_logits": config.meta.mixture_learning_rate,
+    "hyperparameters": config.meta.hyperparameter_learning_rate,
+    "memory": config.meta.memory_learning_rate,
+  }
   decay = lambda rate: optax.cosine_decay_schedule(rate, config.meta.outer_steps, alpha=0.1)
-  memory_only = lambda name: lambda _: "memory" if name == "memory" else "learner"
-  labels = lambda meta_params: {name: jax.tree.map(memory_only(name), part) for name, part in meta_params.items()}
-  return optax.chain(
-    optax.clip_by_global_norm(config.meta.clip_norm),
-    optax.partition({name: optax.adam(decay(rate), b1=0.9, b2=0.99) for name, rate in rates.items()}, labels),
-  )
+  adams = {name: optax.adam(decay(rate), b1=0.9, b2=0.99) for name, rate in rates.items()}
+  labels = lambda meta_params: {name: jax.tree.map(lambda _: name, part) for name, part in meta_params.items()}
+  return optax.chain(optax.clip_by_global_norm(config.meta.clip_norm), optax.partition(adams, labels))
 
 
 def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Network):
@@ -142,9 +143,8 @@ def restore(config: ml_collections.ConfigDict, network: task_lib.Network, workdi
   if not (workdir / "checkpoints").is_dir():
     return None
   state = init_state(config, network)
-  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
-  found = checkpoints.restore(task_lib.pure(state))
-  checkpoints.close()
+  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+    found = checkpoints.restore(task_lib.pure(state))
   return found and (found[0], task_lib.unpure(state, found[1]), found[2])
 
 
@@ -174,7 +174,6 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
     run_length = data["run_length"]
     logging.warning("Going on from outer step %d in %s.", start, workdir)
   tracking.truncate(workdir / "metrics.jsonl", "meta_train", start)
-  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
   outer_step = build_outer_step(config, network)
   inner_steps_done, skipped = int(state.inner.step), 0
   tokens_per_step = length * config.batch_size * config.length
@@ -186,7 +185,7 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
     start_step=start,
     tokens_per_step=tokens_per_step,
   )
-  with tracker:
+  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints, tracker:
     for step in range(start, config.meta.outer_steps):
       weights = np.asarray(jax.nn.softmax(state.meta_params["mixture_logits"]), np.float64)
       proposal = mixture.proposal(weights, config.meta.uniform_fraction)
@@ -209,7 +208,6 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
         data = {"stream": stream.state(), "ability_stream": ability_stream.state(), "run_length": run_length}
         checkpoints.save(step + 1, task_lib.pure(state), data)
-  checkpoints.close()
 
 
 def _line(config: ml_collections.ConfigDict, state: OuterState, metrics: Any, skipped: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from mftjax import errors, models, types
@@ -152,4 +153,8 @@ def unpure(tree_like: Any, arrays: Mapping[str, Any]) -> Any:
 
 
 def _rows(config: ml_collections.ConfigDict, spec: dict[str, Any], tokenizer: Any, where: str) -> tokens.Rows:
-  return sources.load_rows(spec, tokenizer, config.length, where=where, truncate_side=config.truncate_side)
+  rows = sources.load_rows(spec, tokenizer, config.length, where=where, truncate_side=config.truncate_side)
+  if rows.truncated:
+    side, length = config.truncate_side, config.length
+    logging.warning("%s: %d prompts do not fit %d tokens and were cut on the %s.", where, rows.truncated, length, side)
+  return rows

@@ -70,9 +70,9 @@ class Memory(nnx.Module):
     self.values = MemoryParam(jnp.zeros((num_slots, dim)))
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
-    """`[..., dim]` hidden states with what the memory holds for them added; scores are computed in f32."""
-    hidden32 = hidden.astype(jnp.float32)
-    normed = hidden32 * jax.lax.rsqrt(jnp.mean(hidden32**2, axis=-1, keepdims=True) + NORM_EPS)
+    """`[..., dim]` hidden states with what the memory holds for them added; scores are computed in f32 or better."""
+    wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + NORM_EPS)
     query = jnp.einsum("...d,dhk->...hk", normed, self.query[...]) * self.key_dim**-0.5
     read = self._read_product(query, self.top_k) if self.product_keys and self.top_k else self._read_dense(query)
     return hidden + read.astype(hidden.dtype)

@@ -1,0 +1,44 @@
+"""What README and docs say can be typed: code runs, commands, flags and fields exist."""
+
+import pathlib
+import re
+
+import pytest
+
+from mftjax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+  return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_config_of_readme_is_right_and_short():
+  (code,) = blocks(ROOT / "README.md", "python")
+  assert len(code.splitlines()) < 20
+  names: dict = {}
+  exec(code, names)
+  config_lib.check(names["get_config"]())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_fields_exist(page):
+  text = page.read_text()
+  for package, name in re.findall(r"python -m (experiments|benchmarks)\.(\w+)", text):
+    assert (ROOT / package / f"{name}.py").is_file(), name
+  for name in re.findall(r"--config=(configs/\w+\.py)", text):
+    assert (ROOT / name).is_file(), name
+  for name in re.findall(r"--config\.([\w.]+)=", text):
+    assert name in config_lib.FIELDS, name
+  targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+  for block in blocks(page, "bash"):
+    for name in re.findall(r"^make ([\w-]+)", block, re.MULTILINE):
+      assert name in targets, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+  for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    assert link.startswith("http") or (page.parent / link).exists(), link
