@@ -70,7 +70,7 @@ def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
   }
   decay = lambda rate: optax.cosine_decay_schedule(rate, config.meta.outer_steps, alpha=0.1)
   adams = {name: optax.adam(decay(rate), b1=0.9, b2=0.99) for name, rate in rates.items()}
-  labels = lambda meta_params: {name: jax.tree.map(lambda _: name, part) for name, part in meta_params.items()}
+  labels = lambda meta_params: jax.tree.map_with_path(lambda path, _: path[0].key, meta_params)
   return optax.chain(optax.clip_by_global_norm(config.meta.clip_norm), optax.partition(adams, labels))
 
 
