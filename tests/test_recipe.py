@@ -6,7 +6,6 @@ import json
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-import torch
 import transformers
 import yaml
 
@@ -108,6 +107,7 @@ def test_refused_save_leaves_the_file(tmp_path):
 
 
 def test_trl_fields_are_training_arguments(tmp_path):
+  torch = pytest.importorskip("torch")
   # SFTConfig extends transformers.TrainingArguments by max_length and the like.
   made = _recipe()
   made["hyperparameters"] |= {"b2": 0.95, "eps": 1e-8, "clip_norm": 1.0, "num_steps": 100, "own_thing": 2.0}
