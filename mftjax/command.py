@@ -37,12 +37,9 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
     config, workdir = _parse()
     _use_compilation_cache(config.compilation_cache)
     main(config, workdir)
-  except errors.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   except errors.MftError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(2 if isinstance(error, errors.InputError) else 1)
   except Exception:
     traceback.print_exc()
     sys.exit(1)

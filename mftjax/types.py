@@ -1,7 +1,10 @@
-"""Arrays that travel between the parts of mftjax."""
+"""Arrays that travel between the parts of mftjax, and their dtypes."""
+
+from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -14,3 +17,8 @@ class Batch:
   positions: jax.Array  # [batch, length] int32, restarts at 0 with each segment
   source: jax.Array  # [batch] int32, index of the source the row was drawn from
   proposal: jax.Array  # [batch] float32, probability with which that source was drawn
+
+
+def at_least_f32(dtype: Any) -> Any:
+  """The dtype of sums: f32 for lower precision, f64 for f64."""
+  return jnp.promote_types(dtype, jnp.float32)

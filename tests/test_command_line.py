@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from pages import ROOT, blocks
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "tests/tiny_config.py"
 
 
@@ -31,8 +30,7 @@ def run(script, workdir, *extra, config=CONFIG):
 
 def run_readme(workdir, config=CONFIG):
   """The five commands as README gives them, with another config and workdir."""
-  blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-  (path,) = [block for block in blocks if "experiments.evaluate" in block]
+  (path,) = [block for block in blocks(ROOT / "README.md", "bash") if "experiments.evaluate" in block]
   for old, new in (("configs/quickstart.py", config), ("runs/quickstart", str(workdir))):
     assert old in path
     path = path.replace(old, new)
@@ -152,7 +150,6 @@ BAD_FLAGS = {
   "out of range": (["--config.meta.outer_steps=0"], "config.meta.outer_steps = 0"),
   "model folder without weights": (["--config.model.path=tests"], "tests"),
   "heads do not divide": (["--config.model.num_heads=3"], "does not divide"),
-  "no recipe yet": (None, "experiments.predict"),
 }
 
 
@@ -160,8 +157,12 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("name", BAD_FLAGS)
 def test_a_bad_flag_is_one_message_and_exit_2(name, tmp_path):
   flags, expected = BAD_FLAGS[name]
-  script = "finetune" if flags is None else "meta_train"
-  refused(script, tmp_path / "untouched", *(flags or []), expected=expected)
+  refused("meta_train", tmp_path / "untouched", *flags, expected=expected)
+
+
+@pytest.mark.slow
+def test_finetune_before_predict_names_predict(tmp_path):
+  refused("finetune", tmp_path / "untouched", expected="experiments.predict")
 
 
 def refused(script, workdir, *extra, expected, config=CONFIG):

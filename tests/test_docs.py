@@ -1,18 +1,13 @@
 """What README and docs say can be typed: code runs, commands, flags and fields exist."""
 
-import pathlib
 import re
 
 import pytest
+from pages import ROOT, blocks
 
 from mftjax import config as config_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(page, language):
-  return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_the_config_of_readme_is_right_and_short():

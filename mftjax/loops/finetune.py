@@ -89,28 +89,28 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   state, start = metagrad.init(build_problem(network.frozen), meta_params, network.params), 0
   with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
     resumed = checkpoints.restore(task_lib.pure(state))
-  if resumed:
-    start, state = resumed[0], task_lib.unpure(state, resumed[1])
-    stream.restore(resumed[2]["stream"])
-    logging.warning("Going on from step %d in %s.", start, folder)
-  phase = f"finetune/{name}"
-  tracking.truncate(workdir / "metrics.jsonl", phase, start)
-  tracker = tracking.Tracker(
-    workdir,
-    num_steps,
-    title=f"fine-tune ({name})",
-    name=phase,
-    start_step=start,
-    tokens_per_step=batch_size * config.length,
-  )
-  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints, tracker:
-    for step in range(start, num_steps):
-      key = jax.random.fold_in(jax.random.key(config.seed), step)
-      state, loss = train_step(network.frozen, meta_params, state, stream.next(proposal), key)
-      if not np.isfinite(float(loss)):
-        raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")
-      tracker.log(step + 1, {"loss": float(loss)})
-      if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
-        checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
+    if resumed:
+      start, state = resumed[0], task_lib.unpure(state, resumed[1])
+      stream.restore(resumed[2]["stream"])
+      logging.warning("Going on from step %d in %s.", start, folder)
+    phase = f"finetune/{name}"
+    tracking.truncate(workdir / "metrics.jsonl", phase, start)
+    tracker = tracking.Tracker(
+      workdir,
+      num_steps,
+      title=f"fine-tune ({name})",
+      name=phase,
+      start_step=start,
+      tokens_per_step=batch_size * config.length,
+    )
+    with tracker:
+      for step in range(start, num_steps):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        state, loss = train_step(network.frozen, meta_params, state, stream.next(proposal), key)
+        if not np.isfinite(float(loss)):
+          raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")
+        tracker.log(step + 1, {"loss": float(loss)})
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
+          checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   models.save(network.merge(network.frozen, state.params, memory), tokenizer, folder / "model")
   return folder / "model"

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
 from mftjax.models.memory import Memory
+from mftjax.types import at_least_f32
 
 FAMILIES = ("llama", "qwen2")
 
@@ -96,11 +97,6 @@ class Layers(nnx.Module):
   def arrays(self) -> dict[str, jax.Array]:
     """Name -> `[num_layers, ...]` array, adapters included: what the scan goes over."""
     return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Variable)}
-
-
-def at_least_f32(dtype: Any) -> Any:
-  """The dtype of sums: f32 for lower precision, f64 for f64."""
-  return jnp.promote_types(dtype, jnp.float32)
 
 
 def rms_norm(hidden: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

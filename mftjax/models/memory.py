@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mftjax.errors import InputError
+from mftjax.types import at_least_f32
 
 NORM_EPS = 1e-6
 
@@ -71,7 +72,7 @@ class Memory(nnx.Module):
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
     """`[..., dim]` hidden states with what the memory holds for them added; scores are computed in f32 or better."""
-    wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    wide = hidden.astype(at_least_f32(hidden.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + NORM_EPS)
     query = jnp.einsum("...d,dhk->...hk", normed, self.query[...]) * self.key_dim**-0.5
     read = self._read_product(query, self.top_k) if self.product_keys and self.top_k else self._read_dense(query)
