@@ -39,7 +39,7 @@ def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, 
     return objectives.weighted_mean(sft.source_means(losses, batch, len(weights)), jnp.asarray(weights))
 
   def optimizer(meta_params):
-    values = {**fixed, **space.constrained(meta_params["hyperparameters"])}
+    values = {**fixed, **space.constrain(meta_params["hyperparameters"])}
     return sft.optimizer(values, config_lib.num_steps(config))
 
   return metagrad.Problem(
@@ -110,7 +110,7 @@ def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Networ
 
 def readable(config: ml_collections.ConfigDict, meta_params: Any) -> tuple[dict[str, float], dict[str, float]]:
   """The hyperparameters and the mixture that the meta-parameters stand for, by name."""
-  values = config_lib.space(config).constrained(meta_params["hyperparameters"])
+  values = config_lib.space(config).constrain(meta_params["hyperparameters"])
   weights = np.asarray(jax.nn.softmax(meta_params["mixture_logits"]), np.float64)
   names = task_lib.names(config.sources)
   return (
