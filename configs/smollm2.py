@@ -54,6 +54,7 @@ def get_config(variant="small"):
     config.meta.outer_steps = 45
     config.meta.unroll_length = 3
     config.meta.ability_rows = 1
+    config.meta.hyperparameter_learning_rate = 0.1
     config.checkpoint_every = 5
     config.evaluate.num_rows = 16
     config.evaluate.num_generated = 8
