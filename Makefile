@@ -17,7 +17,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev torch quickstart test lint format types unit clean
+.PHONY: help install install-dev torch peers quickstart test lint format types unit clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -56,6 +56,15 @@ torch: $(VENV)/.installed  ## try (again) to install the CPU build of torch, for
 	  || $(PIP) install --quiet --no-deps torch==$(TORCH_VERSION) || true
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) uninstall --quiet --yes torch; \
 	  echo "NOTE: no CPU build of torch $(TORCH_VERSION) to be had; the tests against torch will be skipped. 'make torch' tries again."; }
+
+# Without dependencies, which would pull the CUDA build of torch. betty-ml's metadata ("torch>=1.6.*") is refused by
+# pip 24.1 and newer, so an older pip beside the environment's installs it.
+peers: $(VENV)/.installed-dev torch  ## the libraries that benchmarks.peers compares with
+	$(PIP) install --quiet --no-deps torchopt==0.7.3 higher==0.2.1 optree==0.20.0 graphviz==0.21
+	@$(BIN)/python -c 'import betty' 2>/dev/null || { \
+	  $(PIP) install --quiet --target $(VENV)/older-pip 'pip==24.0' && \
+	  PYTHONPATH=$(VENV)/older-pip $(PIP) install --quiet --no-deps betty-ml==0.1.1; } || \
+	  echo "NOTE: betty-ml did not install; benchmarks.peers goes without it."
 
 quickstart: $(VENV)/.installed  ## the main job on the embedded data: default against learnt recipe
 	$(BIN)/python -m experiments.finetune --config=configs/base.py --config.seed=$(SEED) --workdir=$(BASE) --recipe=default

@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 from mftjax import errors, metagrad, sft, spaces
+from mftjax.models import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +39,18 @@ FIELDS: dict[str, Field] = {
   "budget_tokens": Field(100_000, "tokens (rows times length) of one fine-tuning run", **_above(0)),
   "length": Field(128, "tokens in a row; examples are packed into rows", **_at_least(8)),
   "batch_size": Field(8, "rows in a batch of the inner step", **_at_least(1)),
+  "micro_batches": Field(1, "parts of an inner batch that are computed one after the other", **_at_least(1)),
   "truncate_side": Field("left", "side on which a prompt that is too long is cut", **_one_of("left", "right")),
   "compilation_cache": Field("default", "folder of compiled programs; 'default' is ~/.cache/mftjax, '' is off"),
   "model.path": Field("", "folder or hub id of the model; empty makes a small random one"),
   "model.gguf_file": Field("", "GGUF file within that folder"),
   "model.dtype": Field("float32", "dtype of the computation", **_one_of("float32", "bfloat16")),
   "model.remat": Field(False, "recompute each layer's activations in the backward pass"),
+  "model.attention": Field(
+    "full",
+    "full, blockwise (memory linear in the length) or fused (fastest kernel, no meta-gradient on a GPU)",
+    **_one_of(*attention.ATTENTION),
+  ),
   "model.hidden_size": Field(64, "width of the random model", **_at_least(2)),
   "model.num_layers": Field(2, "layers of the random model", **_at_least(1)),
   "model.num_heads": Field(4, "attention heads of the random model", **_at_least(1)),
@@ -57,6 +64,15 @@ FIELDS: dict[str, Field] = {
   "meta.outer_steps": Field(100, "outer steps", **_at_least(1)),
   "meta.unroll_length": Field(8, "inner steps that one meta-gradient goes through", **_at_least(1)),
   "meta.method": Field("mixed", "meta-gradient estimator", **_one_of(*metagrad.METHODS)),
+  "meta.recovery": Field("auto", "how inner states are had again", **_one_of(*metagrad.recovery.RECOVERIES)),
+  "meta.save": Field("auto", "what is kept of an inner step beside its state", **_one_of(*metagrad.recovery.SAVES)),
+  "meta.every": Field(0, "steps between two states that are kept; 0 chooses", **_at_least(0)),
+  "meta.memory_bytes": Field(0, "what an unroll may keep; 0 is a quarter of the device's memory", **_at_least(0)),
+  "meta.offload": Field(False, "keep states in the host's memory"),
+  "meta.central": Field(False, "central differences (method finite_difference)"),
+  "meta.num_pairs": Field(8, "antithetic pairs (methods es and pes)", **_at_least(1)),
+  "meta.sigma": Field(0.01, "standard deviation of perturbations (methods es and pes)", **_above(0)),
+  "meta.check": Field(False, "first compare the method with f64 reverse mode on a few steps and rows"),
   "meta.mixture_learning_rate": Field(0.1, "of the outer Adam, on the mixture logits", **_above(0)),
   "meta.hyperparameter_learning_rate": Field(0.03, "of the outer Adam, on the hyperparameters", **_above(0)),
   "meta.memory_learning_rate": Field(1e-3, "of the outer Adam, on the memory", **_above(0)),
@@ -167,9 +183,33 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"config.budget_tokens = {config.budget_tokens} gives {num_steps(config)} steps of {config.batch_size} x "
       f"{config.length} tokens, fewer than config.meta.unroll_length = {config.meta.unroll_length}."
     )
+  if config.batch_size % config.micro_batches:
+    raise errors.InputError(
+      f"config.batch_size = {config.batch_size} does not divide into config.micro_batches = {config.micro_batches}."
+    )
+  method_options(config)
   if config.meta.outer_steps and not space(config).spaces and len(config.sources) < 2:
     raise errors.InputError("Nothing to learn: one source, and no hyperparameter with learn=True.")
   space(config).init(initial_hyperparameters(config))
+
+
+def method_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The options of `config.meta.method` that are not at their default.
+
+  Raises:
+    InputError: an option that the method does not have, or that does not go with another.
+  """
+  known = metagrad.method_options(config.meta.method)
+  options: dict[str, Any] = {}
+  for name in ("recovery", "save", "every", "memory_bytes", "offload", "central", "num_pairs", "sigma"):
+    if config.meta[name] == FIELDS[f"meta.{name}"].default:
+      continue
+    if name not in known:
+      raise errors.InputError(f"config.meta.{name} has no meaning for config.meta.method = {config.meta.method!r}.")
+    options[name] = config.meta[name]
+  if "recovery" in known:
+    metagrad.recovery.Options(**{name: value for name, value in options.items() if name != "central"})
+  return options
 
 
 def num_steps(config: ml_collections.ConfigDict) -> int:

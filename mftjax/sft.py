@@ -88,6 +88,18 @@ def schedule(hyperparameters: Mapping[str, jax.Array], num_steps: int) -> optax.
   return multiplier
 
 
+def _clip_by_global_norm(clip_norm: jax.Array) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm`, whose derivative is NaN where the whole gradient is zero, with one that is finite."""
+
+  def update(grads, state, params=None):
+    squared = optax.tree.norm(grads, squared=True)
+    norm = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
+    scale = jnp.where(squared > clip_norm**2, clip_norm / norm, 1.0)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+
+  return optax.GradientTransformation(optax.init_empty_state, update)
+
+
 def optimizer(hyperparameters: Mapping[str, jax.Array], num_steps: int) -> optax.GradientTransformation:
   """AdamW with clipping and the schedule, from traced values.
 
@@ -100,7 +112,7 @@ def optimizer(hyperparameters: Mapping[str, jax.Array], num_steps: int) -> optax
   values = {**DEFAULTS, **hyperparameters}
   multiplier = schedule(values, num_steps)
   return optax.chain(
-    optax.clip_by_global_norm(values["clip_norm"]),
+    _clip_by_global_norm(values["clip_norm"]),
     # eps_root: the square root has no derivative at 0, where LoRA's A starts (its first gradient is 0).
     optax.scale_by_adam(values["b1"], values["b2"], values["eps"], eps_root=1e-16),
     optax.add_decayed_weights(values["weight_decay"]),

@@ -79,6 +79,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
       inner_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
       outer_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
       optimizer=lambda meta_params: sft.optimizer(meta_params["hyperparameters"], num_steps),
+      micro_batches=config.micro_batches,
     )
 
   @jax.jit

@@ -1,5 +1,6 @@
 """Meta-training of the direct learner: one task's own hyperparameters, mixture logits and memory slots."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -36,7 +37,8 @@ def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, 
 
   def outer_loss(params, meta_params, batch, rng):
     losses, _ = sft.row_losses(apply(params, meta_params["memory"], batch), batch)
-    return objectives.weighted_mean(sft.source_means(losses, batch, len(weights)), jnp.asarray(weights))
+    by_ability = sft.source_means(losses, batch, len(weights))
+    return objectives.weighted_mean(by_ability, jnp.asarray(weights)), by_ability
 
   def optimizer(meta_params):
     values = {**fixed, **space.constrain(meta_params["hyperparameters"])}
@@ -46,6 +48,8 @@ def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, 
     inner_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
     outer_loss=outer_loss,
     optimizer=optimizer,
+    micro_batches=config.micro_batches,
+    has_aux=True,
   )
 
 
@@ -80,28 +84,27 @@ def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Networ
   A step whose loss or meta-gradient is not finite leaves meta-parameters and inner run as they were.
   """
   outer = outer_optimizer(config)
+  options = config_lib.method_options(config)
 
   @jax.jit
   def outer_step(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng):
     problem = build_problem(config, network, frozen)
-    fresh = metagrad.init(problem, state.meta_params, fresh_params)
+    fresh = metagrad.init(problem, state.meta_params, fresh_params, config.meta.method, **options)
     inner = jax.tree.map(lambda new, old: jnp.where(is_fresh, new, old), fresh, state.inner)
-    out = metagrad.value_and_grad(problem, config.meta.method)(
+    out = metagrad.value_and_grad(problem, config.meta.method, **options)(
       state.meta_params, inner, inner_batches, outer_batch, rng
     )
     updates, opt_state = outer.update(out.grad, state.opt_state, state.meta_params)
     after = OuterState(optax.apply_updates(state.meta_params, updates), opt_state, out.state)
     is_finite = out.metrics["is_finite"]
     after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state.replace(inner=inner))
-    losses, _ = sft.row_losses(
-      network.apply(frozen, out.state.params, state.meta_params["memory"], outer_batch), outer_batch
-    )
     metrics = {
       "outer_loss": out.loss,
       "inner_loss": jnp.mean(out.metrics["inner_loss"]),
       "grad_norm": optax.global_norm(out.grad),
-      "ability_loss": sft.source_means(losses, outer_batch, len(config.abilities)),
+      "ability_loss": out.metrics["aux"],
       "is_finite": is_finite,
+      "finite": out.metrics.get("finite", {}),
     }
     return after, metrics
 
@@ -134,7 +137,8 @@ def init_state(config: ml_collections.ConfigDict, network: task_lib.Network) -> 
   """The state before the first outer step."""
   meta_params = init_meta_params(config, network)
   problem = build_problem(config, network, network.frozen)
-  inner = metagrad.init(problem, meta_params, network.params)
+  options = config_lib.method_options(config)
+  inner = metagrad.init(problem, meta_params, network.params, config.meta.method, **options)
   return OuterState(meta_params, outer_optimizer(config).init(meta_params), inner)
 
 
@@ -195,11 +199,13 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
       if is_fresh:
         run_length = draw_run_length(config, step)
       key = jax.random.fold_in(jax.random.key(config.seed), step)
+      if config.meta.check and step == 0:
+        _check(config, network, state.meta_params, inner_batches, outer_batch, key)
       state, metrics = outer_step(network.frozen, state, network.params, is_fresh, inner_batches, outer_batch, key)
       inner_steps_done = int(state.inner.step)
       skipped = 0 if bool(metrics["is_finite"]) else skipped + 1
       if skipped:
-        logging.warning("Outer step %d is not finite and was skipped.", step)
+        logging.warning("Outer step %d is not finite and was skipped: %s.", step, _non_finite_terms(metrics["finite"]))
       tracker.log(step + 1, _line(config, state, metrics, skipped))
       if skipped >= config.meta.max_skipped:
         path = workdir / "non_finite_batch.npz"
@@ -208,6 +214,23 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
         data = {"stream": stream.state(), "ability_stream": ability_stream.state(), "run_length": run_length}
         checkpoints.save(step + 1, task_lib.pure(state), data)
+
+
+def _check(config: ml_collections.ConfigDict, network: task_lib.Network, meta_params, inner_batches, outer_batch, key):
+  """Logs how far the method is from f64 reverse mode on a few steps and rows of this run."""
+  build = functools.partial(metagrad.value_and_grad, method=config.meta.method, **config_lib.method_options(config))
+  problem = dataclasses.replace(build_problem(config, network, network.frozen), micro_batches=1)
+  report = metagrad.check(
+    problem, build, meta_params, network.params, inner_batches, outer_batch, key, num_rows=2, tolerance=1e-3
+  )
+  logging.warning("Method %s against f64 reverse mode:\n%s", config.meta.method, report.table())
+
+
+def _non_finite_terms(finite: dict[str, Any]) -> str:
+  """The terms that were not finite, and the inner steps in which they were not, in words."""
+  steps = {name: np.flatnonzero(~np.atleast_1d(np.asarray(value))) for name, value in finite.items()}
+  found = [f"{name} (inner steps {where.min()} to {where.max()})" for name, where in steps.items() if where.size]
+  return ", ".join(found) or "the meta-gradient"
 
 
 def _line(config: ml_collections.ConfigDict, state: OuterState, metrics: Any, skipped: int) -> dict[str, Any]:

@@ -62,12 +62,10 @@ def load_model(config: ml_collections.ConfigDict) -> tuple[models.Decoder, Any]:
       tie_embeddings=True,
       attention_bias=False,
       max_length=max(config.length, 256),
-      remat=False,
       dtype=dtype,
     )
     model = models.Decoder(shape, rngs=nnx.Rngs(config.seed))
-  if config.model.remat:
-    model.config = dataclasses.replace(model.config, remat=True)
+  model.config = dataclasses.replace(model.config, remat=config.model.remat, attention=config.model.attention)
   return model, tokenizer
 
 

@@ -18,21 +18,20 @@ def build(problem: problem_lib.Problem):
   def step(
     meta_params: Any, state: problem_lib.State, inner_batches: Any, outer_batch: Any, rng: jax.Array
   ) -> problem_lib.Output:
-    length = problem_lib.unroll_length(meta_params, inner_batches)
-    inner_rng, outer_rng = jax.random.split(rng)
-    keys = jax.random.split(inner_rng, length)
+    length = problem_lib.check(problem, meta_params, state, inner_batches, outer_batch)
+    keys, outer_rng = problem_lib.split_keys(rng, length)
 
     def outer_loss(meta_params):
       @jax.checkpoint
-      def body(state, xs):
-        state, _, loss = problem_lib.inner_step(problem, meta_params, state, *xs)
+      def body(state, batch_and_key):
+        state, _, loss = problem_lib.inner_step(problem, meta_params, state, *batch_and_key)
         return state, loss
 
       final, inner_losses = jax.lax.scan(body, state, (inner_batches, keys))
-      return problem.outer_loss(final.params, meta_params, outer_batch, outer_rng), (final, inner_losses)
+      loss, aux = problem_lib.outer_loss(problem, final, meta_params, outer_batch, outer_rng)
+      return loss, (aux, final, inner_losses)
 
-    (loss, (final, inner_losses)), grad = jax.value_and_grad(outer_loss, has_aux=True)(meta_params)
-    finite = problem_lib.is_finite(loss, grad, inner_losses)
-    return problem_lib.Output(loss, grad, final, {"inner_loss": inner_losses, "is_finite": finite})
+    (loss, (aux, final, inner_losses)), grad = jax.value_and_grad(outer_loss, has_aux=True)(meta_params)
+    return problem_lib.output(loss, aux, grad, final, inner_losses)
 
   return step

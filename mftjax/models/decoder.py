@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,15 @@ import numpy as np
 from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
+from mftjax.models.attention import ATTENTION
 from mftjax.models.memory import Memory
 from mftjax.types import at_least_f32
 
 FAMILIES = ("llama", "qwen2")
 
-# Finite, so that the softmax of a padding row (nothing to attend to) is uniform and not NaN.
-MASKED = -1e30
-
 LONGEST_SUM = 640  # terms that a product on a CPU adds up in one go
 
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values -> output, heads side by side
 Cache = tuple[jax.Array, jax.Array]  # keys, values: each [num_layers, batch, cache_length, num_kv_heads, head_dim]
 
 
@@ -29,7 +28,7 @@ class DecoderConfig:
   """The shape of a decoder; sizes count features, `max_length` counts tokens.
 
   Raises:
-    InputError: a family that does not exist, or sizes that do not divide.
+    InputError: a family or an attention that does not exist, or sizes that do not divide.
   """
 
   family: str  # "llama" or "qwen2"
@@ -46,11 +45,14 @@ class DecoderConfig:
   attention_bias: bool = False  # on q, k, v; for llama on the output projection too
   max_length: int = 2048
   remat: bool = False  # keep only each layer's input for the gradient, not the results of its projections too
+  attention: str = "full"  # a word of `attention.ATTENTION`; generation with its cache always takes the full one
   dtype: Any = jnp.float32  # of the computation; parameters are stored as they were given (f32 when new)
 
   def __post_init__(self):
     if self.family not in FAMILIES:
       raise unknown_name("decoder family", self.family, FAMILIES)
+    if self.attention not in ATTENTION:
+      raise unknown_name("attention", self.attention, ATTENTION)
     if self.num_heads % self.num_kv_heads:
       raise InputError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}.")
     if self.head_dim % 2:
@@ -121,33 +123,6 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
-def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-  """Softmax attention where each key/value head serves `num_heads / num_kv_heads` query heads.
-
-  Args:
-    q: `[batch, query_length, num_heads, head_dim]`.
-    k, v: `[batch, key_length, num_kv_heads, head_dim]`.
-    mask: `[batch, query_length, key_length]` bool, True where the query sees the key.
-
-  Returns:
-    `[batch, query_length, num_heads * head_dim]`.
-  """
-  batch, query_length, num_heads, head_dim = q.shape
-  kv_heads, group = k.shape[2], num_heads // k.shape[2]
-  # Heads beside the batch and the queries of a group as rows of one matrix: plain batched products, the fast ones.
-  q = (q * head_dim**-0.5).reshape(batch, query_length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-  rows = (batch, kv_heads, group * query_length)
-  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(*rows, head_dim), k, preferred_element_type=at_least_f32(k.dtype))
-  scores = jnp.where(mask[:, None, None], scores.reshape(*rows[:2], group, query_length, -1), MASKED)
-  # The softmax does not depend on the shift, so nor do its derivatives, of any order; divided after the product.
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))).reshape(*rows, -1)
-  out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=at_least_f32(v.dtype))
-  out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-  out = out.reshape(batch, kv_heads, group, query_length, head_dim).transpose(0, 3, 1, 2, 4)
-  return out.reshape(batch, query_length, num_heads * head_dim)
-
-
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
   """`x weight` of `[rows, in]` and `[in, out]`.
 
@@ -178,7 +153,7 @@ def layer(
   params: dict[str, jax.Array],
   hidden: jax.Array,
   rope: tuple[jax.Array, jax.Array],
-  mask: jax.Array,
+  attend: Attend,
   config: DecoderConfig,
   lora_scale: float,
   cache: Cache | None = None,
@@ -190,7 +165,8 @@ def layer(
     params: one layer's slice of `Layers.arrays()`.
     hidden: `[batch, length, hidden_size]`.
     rope: tables of `rope_tables` for these positions.
-    mask: `[batch, length, key_length]` bool; key_length is the cache's length when there is a cache.
+    attend: attention of the queries `[batch, length, num_heads, head_dim]` to keys and values
+      `[batch, key_length, num_kv_heads, head_dim]`, which are the whole cache when there is one.
     cache: keys and values, each `[batch, cache_length, num_kv_heads, head_dim]`.
     index: where in the cache the first of these tokens goes.
 
@@ -207,7 +183,7 @@ def layer(
     k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=1)
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=1)
     cache = (k, v)
-  hidden = hidden + proj("o_proj", grouped_attention(q, k, v, mask))
+  hidden = hidden + proj("o_proj", attend(q, k, v))
   normed = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
   gated = jax.nn.silu(proj("gate_proj", normed)) * proj("up_proj", normed)
   return hidden + proj("down_proj", gated), cache
@@ -275,9 +251,8 @@ class Decoder(nnx.Module):
       raise InputError(f"{length} tokens are more than the decoder's max_length = {self.config.max_length}.")
     segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     positions = segment_positions(segment_ids) if positions is None else positions
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] > 0)
-    mask = same & jnp.tril(jnp.ones((length, length), bool))
-    hidden, _ = self.run_layers(self.embed(tokens), jnp.asarray(positions), mask)
+    attend = lambda q, k, v: ATTENTION[self.config.attention](q, k, v, segment_ids)
+    hidden, _ = self.run_layers(self.embed(tokens), jnp.asarray(positions), attend)
     return self.logits(hidden)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
@@ -296,7 +271,7 @@ class Decoder(nnx.Module):
     self,
     hidden: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    attend: Attend,
     cache: Cache | None = None,
     index: jax.Array | int = 0,
   ) -> tuple[jax.Array, Cache | None]:
@@ -306,7 +281,7 @@ class Decoder(nnx.Module):
 
     def body(hidden, inputs):
       params, layer_cache = inputs
-      return layer(params, hidden, rope, mask, config, lora_scale, layer_cache, index)
+      return layer(params, hidden, rope, attend, config, lora_scale, layer_cache, index)
 
     if cache is None:
       # Stacking a scan's residuals costs more than computing the cheap ones again: keep the projections, or nothing.

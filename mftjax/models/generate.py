@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from mftjax.errors import InputError
+from mftjax.models.attention import grouped_attention
 from mftjax.models.decoder import Decoder
 
 SMALLEST_BUCKET = 16
@@ -35,7 +36,8 @@ def _decode(graphdef, state, tokens, segment_ids, num_slots, max_new_tokens, eos
     at = index + jnp.arange(tokens.shape[1])  # places in the cache of these tokens
     mask = is_prompt[:, None, :] & (jnp.arange(total)[None, :] <= at[:, None])[None]
     positions = jnp.maximum(at[None] - num_padding, 0)
-    hidden, cache = model.run_layers(model.embed(tokens), positions, mask, cache, index)
+    attend = functools.partial(grouped_attention, mask=mask)
+    hidden, cache = model.run_layers(model.embed(tokens), positions, attend, cache, index)
     return model.logits(hidden[:, -1]), cache
 
   def choose(logits, key):
