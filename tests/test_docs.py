@@ -37,3 +37,10 @@ def test_commands_and_fields_exist(page):
 def test_links_lead_somewhere(page):
   for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
     assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", ["metagrad.md", "metasmoothness.md"])
+def test_examples_run(name):
+  names: dict = {}
+  for code in blocks(ROOT / "docs" / name, "python"):
+    exec(code, names)

@@ -171,19 +171,27 @@ def check(problem: Problem, meta_params: Any, state: State, inner_batches: Any, 
         f"micro_batches = {problem.micro_batches} along its axis 1."
       )
   try:
-    jax.eval_shape(lambda meta_params: problem.optimizer(meta_params).init(state.params), meta_params)
+    fresh = jax.eval_shape(lambda meta_params: problem.optimizer(meta_params).init(state.params), meta_params)
   except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
     raise errors.InputError(
       "optimizer(meta_params) needs concrete values, so nothing can be differentiated through it: build it from the "
       f"traced arrays, without float(), bool() or numpy on them. JAX says: {str(error).splitlines()[0]}"
     ) from error
+  layout = lambda tree: (jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)])
+  if layout(fresh) != layout(state.opt_state):
+    raise errors.InputError(
+      "The state does not fit this optimiser: make it with metagrad.init(problem, meta_params, params)."
+    )
   rng = jax.eval_shape(lambda: jax.random.key(0))
   batch = jax.eval_shape(lambda batches: jax.tree.map(lambda x: x[0], batches), inner_batches)
   for name, fn, data in (("inner", problem.inner_loss, batch), ("outer", problem.outer_loss, outer_batch)):
     found = jax.eval_shape(fn, state.params, meta_params, data, rng)
-    loss = found[0] if name == "outer" and problem.has_aux else found
-    if getattr(loss, "shape", None) != () or not is_floating(loss):
-      raise errors.InputError(f"{name}_loss must return a floating scalar, got {loss}.")
+    if name == "outer" and problem.has_aux:
+      if not (isinstance(found, tuple) and len(found) == 2):
+        raise errors.InputError(f"outer_loss must return (loss, further values) with has_aux, got {found}.")
+      found, _ = found
+    if getattr(found, "shape", None) != () or not is_floating(found):
+      raise errors.InputError(f"{name}_loss must return a floating scalar, got {found}.")
   after = jax.eval_shape(lambda *args: inner_step(problem, *args)[0], meta_params, state, batch, rng)
   if jax.tree.structure(after) != jax.tree.structure(state):
     raise errors.InputError(

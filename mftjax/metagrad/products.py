@@ -139,7 +139,7 @@ def finite_difference(problem: problem_lib.Problem, central: bool) -> Product:
 
     ahead = at(h)
     behind, width = (at(-h), 2 * h) if central else (saved, h)
-    bars = jax.tree.map(lambda a, b: (a - b) / width, ahead, behind)
+    bars = jax.tree.map(lambda a, b: ((a - b) / width).astype(a.dtype), ahead, behind)
     scale = h * optax.global_norm(bars)
     scale = jnp.where(scale > 0, scale, 1)
     rounding = eps * optax.global_norm(saved) / scale

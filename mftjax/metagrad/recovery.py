@@ -63,8 +63,8 @@ class Options:
         raise errors.unknown_name(name, value, known)
     if self.every is not None:
       problem_lib.check_count("every", self.every)
-    if self.memory_bytes is not None and self.memory_bytes <= 0:
-      raise errors.InputError(f"memory_bytes = {self.memory_bytes} must be above 0.")
+    if self.memory_bytes is not None and not (isinstance(self.memory_bytes, int | float) and self.memory_bytes > 0):
+      raise errors.InputError(f"memory_bytes must be a number of bytes above 0, got {self.memory_bytes!r}.")
     if self.recovery == "checkpoint" and self.save not in ("auto", "gradients"):
       raise errors.InputError(f"recovery='checkpoint' saves the gradients of one segment, not save={self.save!r}.")
     if self.save == "activations" and self.recovery not in ("auto", "store"):
@@ -112,6 +112,8 @@ def choose(
       continue
     if save == "activations":
       if product is not products.exact:
+        if options.save == "activations":
+          raise errors.InputError("save='activations' goes with exact products (method 'mixed'); leave it out here.")
         continue
       # On a CPU reading activations back takes longer than computing them again (docs/results.md).
       if options.save == "auto" and jax.default_backend() == "cpu":

@@ -125,7 +125,9 @@ def _step_back(problem, plan: Plan, meta_params, exact, carry, inputs):
     )
     # The first state of an unroll is exact too: where Adam's moments are zero, its derivative is steepest.
     before = choose(exact, solved)
-    recovery_error = jax.lax.cond(is_first, _distance, lambda *_: jnp.zeros((), jnp.float32), solved, exact, after)
+    # Like the distance, so that within shard_map both branches vary over the same axes; never computed.
+    no_distance = lambda *states: jnp.zeros_like(_distance(*states))
+    recovery_error = jax.lax.cond(is_first, _distance, no_distance, solved, exact, after)
   elif not plan.saves_gradients:
     _, grads, saved = evaluate(before.params)
   floats, rebuild = split_floats(before.opt_state)

@@ -51,7 +51,7 @@ class TruncationReport:
   horizon: int
   threshold: float
   overall: dict[int, Agreement]  # by window length, all meta-parameters as one vector
-  by_parameter: dict[int, dict[str, Agreement]]  # by window length and top-level meta-parameter
+  by_parameter: dict[int, dict[str, Agreement]]  # by window length and path of a meta-parameter's leaf
 
   @property
   def enough(self) -> int | None:
@@ -172,12 +172,9 @@ def _draw_keys(keys: jax.Array, micro_batches: int) -> jax.Array:
 
 
 def _by_parameter(grad: Any) -> dict[str, np.ndarray]:
-  """Top-level meta-parameter -> its gradient as one vector, f64."""
-  parts: dict[str, list[np.ndarray]] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(grad):
-    name = jax.tree_util.keystr(path[:1], simple=True) or "meta_params"
-    parts.setdefault(name, []).append(np.asarray(leaf, np.float64).ravel())
-  return {name: np.concatenate(leaves) for name, leaves in parts.items()}
+  """Path of each meta-parameter's leaf -> its gradient as one vector, f64."""
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".") or "meta_params"
+  return {name(path): np.asarray(leaf, np.float64).ravel() for path, leaf in jax.tree_util.tree_leaves_with_path(grad)}
 
 
 def _agreement(g: np.ndarray, full: np.ndarray) -> Agreement:
