@@ -40,6 +40,13 @@ FIELDS: dict[str, Field] = {
   "length": Field(128, "tokens in a row; examples are packed into rows", **_at_least(8)),
   "batch_size": Field(8, "rows in a batch of the inner step", **_at_least(1)),
   "micro_batches": Field(1, "parts of an inner batch that are computed one after the other", **_at_least(1)),
+  "normalise_gradients": Field(False, "scale every inner gradient to clip_norm, not only the larger ones"),
+  "average_decay": Field(
+    0.0,
+    "decay of an average of the inner params, which is what is evaluated and exported; 0 is none",
+    lambda value: 0 <= value < 1,
+    "at least 0, below 1",
+  ),
   "truncate_side": Field("left", "side on which a prompt that is too long is cut", **_one_of("left", "right")),
   "compilation_cache": Field("default", "folder of compiled programs; 'default' is ~/.cache/mftjax, '' is off"),
   "model.path": Field("", "folder or hub id of the model; empty makes a small random one"),

@@ -88,31 +88,37 @@ def schedule(hyperparameters: Mapping[str, jax.Array], num_steps: int) -> optax.
   return multiplier
 
 
-def _clip_by_global_norm(clip_norm: jax.Array) -> optax.GradientTransformation:
-  """`optax.clip_by_global_norm`, whose derivative is NaN where the whole gradient is zero, with one that is finite."""
+def _clip_by_global_norm(clip_norm: jax.Array, is_normalised: bool) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm`, whose derivative is NaN where the whole gradient is zero, with one that is finite.
+
+  With `is_normalised` gradients of a smaller norm are scaled to it as well.
+  """
 
   def update(grads, state, params=None):
     squared = optax.tree.norm(grads, squared=True)
     norm = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
-    scale = jnp.where(squared > clip_norm**2, clip_norm / norm, 1.0)
+    scale = jnp.where(is_normalised | (squared > clip_norm**2), clip_norm / norm, 1.0)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
 
   return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def optimizer(hyperparameters: Mapping[str, jax.Array], num_steps: int) -> optax.GradientTransformation:
+def optimizer(
+  hyperparameters: Mapping[str, jax.Array], num_steps: int, is_normalised: bool = False
+) -> optax.GradientTransformation:
   """AdamW with clipping and the schedule, from traced values.
 
   Args:
     hyperparameters: name -> scalar; names that are missing take `DEFAULTS`.
     num_steps: steps of the whole run, which the schedule spans.
+    is_normalised: whether every gradient is scaled to `clip_norm`, not only the larger ones.
 
   Source: Loshchilov and Hutter (2019), Algorithm 2.
   """
   values = {**DEFAULTS, **hyperparameters}
   multiplier = schedule(values, num_steps)
   return optax.chain(
-    _clip_by_global_norm(values["clip_norm"]),
+    _clip_by_global_norm(values["clip_norm"], is_normalised),
     # eps_root: the square root has no derivative at 0, where LoRA's A starts (its first gradient is 0).
     optax.scale_by_adam(values["b1"], values["b2"], values["eps"], eps_root=1e-16),
     optax.add_decayed_weights(values["weight_decay"]),

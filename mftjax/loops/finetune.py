@@ -75,12 +75,9 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
 
   def build_problem(frozen):
     apply = functools.partial(network.apply, frozen)
-    return metagrad.Problem(
-      inner_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
-      outer_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
-      optimizer=lambda meta_params: sft.optimizer(meta_params["hyperparameters"], num_steps),
-      micro_batches=config.micro_batches,
-    )
+    loss = lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch)
+    outer_loss = lambda *args: (loss(*args), None)
+    return task_lib.problem(config, loss, outer_loss, lambda meta_params: meta_params["hyperparameters"], num_steps)
 
   @jax.jit
   def train_step(frozen, meta_params, state, batch, rng):
@@ -113,5 +110,6 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
         tracker.log(step + 1, {"loss": float(loss)})
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
           checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
-  models.save(network.merge(network.frozen, state.params, memory), tokenizer, folder / "model")
+  params = metagrad.read_params(build_problem(network.frozen), state)
+  models.save(network.merge(network.frozen, params, memory), tokenizer, folder / "model")
   return folder / "model"

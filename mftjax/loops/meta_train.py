@@ -40,16 +40,12 @@ def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, 
     by_ability = sft.source_means(losses, batch, len(weights))
     return objectives.weighted_mean(by_ability, jnp.asarray(weights)), by_ability
 
-  def optimizer(meta_params):
-    values = {**fixed, **space.constrain(meta_params["hyperparameters"])}
-    return sft.optimizer(values, config_lib.num_steps(config))
-
-  return metagrad.Problem(
+  return task_lib.problem(
+    config,
     inner_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
     outer_loss=outer_loss,
-    optimizer=optimizer,
-    micro_batches=config.micro_batches,
-    has_aux=True,
+    hyperparameters=lambda meta_params: {**fixed, **space.constrain(meta_params["hyperparameters"])},
+    num_steps=config_lib.num_steps(config),
   )
 
 

@@ -1,7 +1,7 @@
 """What a config names, made: the model split into what is trained and what is not, and the rows of data."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from mftjax import errors, models, types
+from mftjax import errors, metagrad, models, sft, types
 from mftjax.data import sources, tokens
 
 # Fields of an ability that say how it is measured, not where its examples are read from.
@@ -93,6 +93,34 @@ def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
   parts: Any = nnx.split(model, models.MemoryParam, trained, ...)
   graphdef, memory, params, frozen = parts
   return Network(graphdef, params, memory if config.memory.num_slots else None, frozen), tokenizer
+
+
+def problem(
+  config: ml_collections.ConfigDict,
+  inner_loss: Callable[..., jax.Array],
+  outer_loss: Callable[..., Any],
+  hyperparameters: Callable[[Any], Mapping[str, jax.Array]],
+  num_steps: int,
+) -> metagrad.Problem:
+  """The config's SFT run around these losses; the outer loss returns `(scalar, aux)`.
+
+  Args:
+    hyperparameters: meta_params -> those of `sft.optimizer`.
+    num_steps: of the whole run.
+  """
+
+  def optimizer(meta_params):
+    chain = sft.optimizer(hyperparameters(meta_params), num_steps, config.normalise_gradients)
+    return metagrad.smoothness.averaged(chain, config.average_decay) if config.average_decay else chain
+
+  return metagrad.Problem(
+    inner_loss,
+    outer_loss,
+    optimizer,
+    micro_batches=config.micro_batches,
+    has_aux=True,
+    readout=metagrad.smoothness.averaged_params if config.average_decay else None,
+  )
 
 
 def source_rows(config: ml_collections.ConfigDict, tokenizer: Any) -> list[tokens.Rows]:

@@ -10,7 +10,7 @@ from mftjax.metagrad import problem as problem_lib
 from mftjax.metagrad.check import check
 from mftjax.metagrad.evolution import ParticleState
 from mftjax.metagrad.mixed import build_unroll as unroll
-from mftjax.metagrad.problem import Output, Problem, State, inner_step
+from mftjax.metagrad.problem import Output, Problem, State, inner_step, read_params
 
 _BUILDERS: dict[str, Callable] = {
   "mixed": mixed.build,
@@ -83,6 +83,7 @@ __all__ = [
   "init",
   "inner_step",
   "method_options",
+  "read_params",
   "smoothness",
   "unroll",
   "value_and_grad",

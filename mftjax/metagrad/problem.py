@@ -104,10 +104,14 @@ def run(problem: Problem, meta_params: Any, state: State, batches: Any, keys: ja
   return jax.lax.scan(body, state, (batches, keys))
 
 
+def read_params(problem: Problem, state: State) -> Any:
+  """The params that the outer loss sees, and that a finished run is judged by."""
+  return problem.readout(state) if problem.readout else state.params
+
+
 def outer_loss(problem: Problem, state: State, meta_params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
   """The outer loss (scalar) of a state, and its further values (None without `has_aux`)."""
-  params = problem.readout(state) if problem.readout else state.params
-  found = problem.outer_loss(params, meta_params, batch, rng)
+  found = problem.outer_loss(read_params(problem, state), meta_params, batch, rng)
   return found if problem.has_aux else (found, None)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ _PREFERENCE = (
   ("checkpoint", "gradients"),
   ("invert", "nothing"),
 )
-_AUTO_SKIPS = (("store", "nothing"), ("invert", "gradients"))
+_NOT_IN_AUTO = (("store", "nothing"), ("invert", "gradients"))
 
 
 def choose(
@@ -99,72 +99,102 @@ def choose(
   The first that fits `memory_bytes` (a quarter of the device's memory by default, 2 GiB where it does not say) of:
   store with activations (exact product, not on a CPU), store with gradients, checkpoint, invert with nothing saved;
   `recovery` and `save` narrow them down. Says so in the log if none fits, or if an optimiser has no inverse.
+
+  Raises:
+    InputError: `save="activations"` of a product that is not the exact one.
   """
-  length = len(keys)
-  state_bytes = _num_bytes((state.params, state.opt_state))
-  gradient_bytes = _num_bytes(state.params)
+  if options.save == "activations" and product is not products.exact:
+    raise errors.InputError("save='activations' goes with the exact product of method 'mixed'; leave it out here.")
   budget = options.memory_bytes or _device_budget()
+  window = _Window(problem, product, options, meta_params, state, batches, keys)
   plans = []
   for recovery, save in _PREFERENCE:
     if options.recovery not in ("auto", recovery) or options.save not in ("auto", save):
       continue
-    if options.recovery == options.save == "auto" and (recovery, save) in _AUTO_SKIPS:
+    if options.recovery == options.save == "auto" and (recovery, save) in _NOT_IN_AUTO:
       continue
-    if save == "activations":
-      if product is not products.exact:
-        if options.save == "activations":
-          raise errors.InputError("save='activations' goes with exact products (method 'mixed'); leave it out here.")
-        continue
-      # On a CPU reading activations back takes longer than computing them again (docs/results.md).
-      if options.save == "auto" and jax.default_backend() == "cpu":
-        continue
-      if options.save == "auto" and length * (state_bytes + gradient_bytes) > budget:
-        continue
-      step = jax.tree.map(lambda x: x[0], (batches, keys))
-      linearized, activation_bytes = products.linearized(problem, meta_params, state.params, *step)
-      kept = length * (state_bytes + gradient_bytes + activation_bytes)
-      plan = Plan(recovery, save, linearized, length, kept, offload=options.offload)
-    elif recovery == "store":
-      kept = length * (state_bytes + (gradient_bytes if save == "gradients" else 0))
-      plan = Plan(recovery, save, product(problem), length, kept, offload=options.offload)
-    elif recovery == "checkpoint":
-      plan = _checkpoint(problem, product, options, length, state_bytes, gradient_bytes)
-    else:
-      try:
-        inverse = inversion.derive(problem, meta_params, state, has_gradient=save == "gradients")
-      except inversion.NotInvertible as error:
-        if options.recovery == "invert":
-          logging.warning("recovery='invert' with save=%r: no inverse of %s.", save, error)
-        continue
-      segment = min(options.every or INVERT_EVERY, length)
-      kept = -(-length // segment) * state_bytes + (length * gradient_bytes if save == "gradients" else 0)
-      plan = Plan(recovery, save, product(problem), segment, kept, inverse, options.offload)
-    plans.append(plan)
-    if plan.bytes <= budget:
-      return plan
+    plan = window.plan(recovery, save, budget)
+    if plan:
+      plans.append(plan)
+      if plan.bytes <= budget:
+        return plan
   if not plans:
     logging.warning("This optimiser has no inverse; recovery='checkpoint' in its place.")
-    return _checkpoint(problem, product, options, length, state_bytes, gradient_bytes)
+    return window.checkpoint()
   least = min(plans, key=lambda plan: plan.bytes)
   if len(plans) > 1 or options.memory_bytes:
-    logging.warning(
-      "Nothing fits the memory budget of %.0f MiB; %s with save=%r keeps the least, about %.0f MiB.",
-      budget / 2**20, least.recovery, least.save, least.bytes / 2**20,
-    )  # fmt: skip
+    sizes = budget / 2**20, least.recovery, least.save, least.bytes / 2**20
+    logging.warning("Nothing fits the memory budget of %.0f MiB; %s with save=%r keeps the least, %.0f MiB.", *sizes)
   return least
 
 
-def _checkpoint(problem, product, options: Options, length: int, state_bytes: int, gradient_bytes: int) -> Plan:
-  """Checkpoints at the distance that keeps the least; all distances cost the same one run more."""
-  kept = lambda every: -(-length // every) * state_bytes + every * (state_bytes + gradient_bytes)
-  candidates: Iterable[int] = range(1, length + 1)
-  if options.every:
-    candidates = [min(options.every, length)]
-  least = min(map(kept, candidates))
-  # A distance that divides the unroll compiles its steps once, not once more for the rest.
-  near = [every for every in candidates if length % every == 0 and kept(every) <= 1.25 * least]
-  every = min(near or candidates, key=kept)
-  return Plan("checkpoint", "gradients", product(problem), every, kept(every), offload=options.offload)
+@dataclasses.dataclass(frozen=True)
+class _Window:
+  """The arguments of `choose`; makes plans from them."""
+
+  problem: problem_lib.Problem
+  product: Callable[[problem_lib.Problem], products.Product]
+  options: Options
+  meta_params: Any
+  state: problem_lib.State
+  batches: Any
+  keys: jax.Array
+
+  @property
+  def length(self) -> int:
+    return len(self.keys)
+
+  @property
+  def state_bytes(self) -> int:
+    return _num_bytes((self.state.params, self.state.opt_state))
+
+  @property
+  def gradient_bytes(self) -> int:
+    return _num_bytes(self.state.params)
+
+  def plan(self, recovery: str, save: str, budget: int) -> Plan | None:
+    """One plan, or None where there is none, or none that `auto` should take."""
+    if recovery == "checkpoint":
+      return self.checkpoint()
+    if recovery == "invert":
+      return self.invert(save)
+    kept = self.length * (self.state_bytes + (0 if save == "nothing" else self.gradient_bytes))
+    if save != "activations":
+      return Plan(recovery, save, self.product(self.problem), self.length, kept, offload=self.options.offload)
+    # On a CPU reading activations back takes longer than computing them again (docs/results.md).
+    is_asked_for = self.options.save == save
+    if not is_asked_for and (self.product is not products.exact or jax.default_backend() == "cpu" or kept > budget):
+      return None
+    step = jax.tree.map(lambda x: x[0], (self.batches, self.keys))
+    product, activation_bytes = products.linearized(self.problem, self.meta_params, self.state.params, *step)
+    kept += self.length * activation_bytes
+    return Plan(recovery, save, product, self.length, kept, offload=self.options.offload)
+
+  def checkpoint(self) -> Plan:
+    """Checkpoints at the distance that keeps the least; all distances cost the same one run more."""
+    length, state_bytes, step_bytes = self.length, self.state_bytes, self.state_bytes + self.gradient_bytes
+    kept = lambda every: -(-length // every) * state_bytes + every * step_bytes
+    candidates = [min(self.options.every, length)] if self.options.every else range(1, length + 1)
+    least = min(map(kept, candidates))
+    # A distance that divides the unroll compiles its steps once, not once more for the rest.
+    near = [every for every in candidates if length % every == 0 and kept(every) <= 1.25 * least]
+    every = min(near or candidates, key=kept)
+    product = self.product(self.problem)
+    return Plan("checkpoint", "gradients", product, every, kept(every), offload=self.options.offload)
+
+  def invert(self, save: str) -> Plan | None:
+    """The update inverted, with an exact state every so many steps; None if it has no inverse."""
+    try:
+      inverse = inversion.derive(self.problem, self.meta_params, self.state, has_gradient=save == "gradients")
+    except inversion.NotInvertible as error:
+      if self.options.recovery == "invert":
+        logging.warning("recovery='invert' with save=%r: no inverse of %s.", save, error)
+      return None
+    every = min(self.options.every or INVERT_EVERY, self.length)
+    kept = -(-self.length // every) * self.state_bytes + (
+      self.length * self.gradient_bytes if save == "gradients" else 0
+    )
+    return Plan("invert", save, self.product(self.problem), every, kept, inverse, self.options.offload)
 
 
 def _device_budget() -> int:

@@ -83,7 +83,7 @@ def metasmoothness(
 
   def train(meta_params):
     final, _ = problem_lib.run(problem, meta_params, state, inner_batches, keys)
-    params = problem.readout(final) if problem.readout else final.params
+    params = problem_lib.read_params(problem, final)
     return params, problem_lib.outer_loss(problem, final, meta_params, outer_batch, outer_rng)[0]
 
   trained, _ = train(meta_params)
