@@ -15,6 +15,7 @@ import math
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -173,17 +174,11 @@ def relative_error(got: Any, want: Any) -> float:
   return max(errors)
 
 
-def format_rows(rows: list[dict]) -> str:
-  """A table, a head line for each case."""
-  lines, case = [], None
+def format_table(rows: list[dict]) -> str:
+  """The rows of one case as text."""
+  lines = ["", rows[0]["case"]]
+  lines += [f"  {'T':>4s} {'variant':27s} {'FLOPs':>6s} {'time':>6s} {'time/FLOPs':>10s} {'MiB':>8s} error"]
   for row in rows:
-    if row["case"] != case:
-      case = row["case"]
-      lines += [
-        "",
-        case,
-        f"  {'T':>4s} {'variant':27s} {'FLOPs':>6s} {'time':>6s} {'time/FLOPs':>10s} {'MiB':>8s} error",
-      ]
     wall = row["seconds_ratio"]
     cells = (f"{wall:6.2f} {wall / row['matmul_flops_ratio']:10.2f}") if wall else f"{'-':>6s} {'-':>10s}"
     error = "" if row["error"] is None else f"{row['error']:.0e}"
@@ -231,29 +226,27 @@ SMALL = Case(layers=4, width=128, length=128, rows=4)
 SMALL_LORA = Case(layers=4, width=256, length=128, rows=1, lora=True)
 
 
-def small_rows() -> list[dict]:
+def small_tables() -> Iterator[list[dict]]:
   timed = ["plain", "mixed, gradients", "mixed, activations", "mixed, invert, nothing", "finite difference"]
   timed += ["first order, lr and decay"]
-  rows = measure(SMALL, 32, timed, 2, "mixed, gradients")
+  yield measure(SMALL, 32, timed, 2, "mixed, gradients")
   for steps in (8, 128):
-    rows += measure(SMALL, steps, ["plain", "mixed, invert, nothing", "mixed, invert, no anchors"], 0)
-  rows += measure(dataclasses.replace(SMALL, remat=True), 16, ["plain", "mixed, invert, nothing", "naive reverse"], 0)
-  rows += measure(SMALL_LORA, 32, ["plain", "mixed, gradients", "mixed, activations"], 2, "mixed, gradients")
+    yield measure(SMALL, steps, ["plain", "mixed, invert, nothing", "mixed, invert, no anchors"], 0)
+  yield measure(dataclasses.replace(SMALL, remat=True), 16, ["plain", "mixed, invert, nothing", "naive reverse"], 0)
+  yield measure(SMALL_LORA, 32, ["plain", "mixed, gradients", "mixed, activations"], 2, "mixed, gradients")
   for steps in (8, 128):
-    rows += measure(SMALL_LORA, steps, ["plain", "mixed, invert, nothing"], 0)
-  return rows
+    yield measure(SMALL_LORA, steps, ["plain", "mixed, invert, nothing"], 0)
 
 
-def full_rows() -> list[dict]:
-  rows: list[dict] = []
+def full_tables() -> Iterator[list[dict]]:
   base = Case()
   lora = dataclasses.replace(base, width=256, lora=True)
   for steps in (2, 8, 32, 128):
     left_out = [] if steps <= 8 else ["naive reverse"] if steps <= 32 else ["naive reverse", "mixed, activations"]
     repeats = 2 if steps <= 32 else 1
-    rows += measure(base, steps, [name for name in VARIANTS if name not in left_out], repeats, "reverse")
+    yield measure(base, steps, [name for name in VARIANTS if name not in left_out], repeats, "reverse")
     some = ["plain", "mixed, activations", "mixed, gradients", "mixed, invert, nothing", "reverse"]
-    rows += measure(lora, steps, [name for name in some if name not in left_out], repeats, "reverse")
+    yield measure(lora, steps, [name for name in some if name not in left_out], repeats, "reverse")
   some = ["plain", "mixed, gradients", "mixed, activations", "mixed, invert, nothing", "naive reverse"]
   for change in (
     {},
@@ -265,8 +258,7 @@ def full_rows() -> list[dict]:
     {"memory_slots": 64},
     {"memory_slots": 1024},
   ):
-    rows += measure(dataclasses.replace(base, **change), 16, some, 2, "mixed, gradients")
-  return rows
+    yield measure(dataclasses.replace(base, **change), 16, some, 2, "mixed, gradients")
 
 
 def main():
@@ -284,8 +276,10 @@ def main():
     "optax": optax.__version__,
   }
   print("  ".join(f"{name} {value}" for name, value in machine.items()))
-  rows = small_rows() if arguments.small else full_rows()
-  print(format_rows(rows))
+  rows = []
+  for table in small_tables() if arguments.small else full_tables():
+    rows += table
+    print(format_table(table), flush=True)
   print("\ntarget")
   for what, figure, limit in targets(rows):
     verdict = "-" if math.isnan(figure) else "yes" if figure <= limit else "NO"
