@@ -23,7 +23,7 @@ def test_the_default_is_right():
   [
     ("batch_size", 0, "config.batch_size = 0 is out of its range: at least 1"),
     ("meta.mixture_learning_rate", float("nan"), "config.meta.mixture_learning_rate = nan"),
-    ("meta.method", "mixd", "one of mixed, reverse, first_order"),
+    ("meta.method", "mixd", "one of mixed, reverse, forward"),
     ("model.dtype", "float8", "one of float32, bfloat16"),
     ("budget_tokens", 100, "fewer than config.meta.unroll_length"),
     ("hyperparameters.learning_rate.value", 5.0, "learning_rate = 5.0 is out of its range"),

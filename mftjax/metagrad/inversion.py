@@ -108,6 +108,9 @@ def derive(problem: problem_lib.Problem, meta_params: Any, state: problem_lib.St
   known |= {var: None for var, leaf in zip(trace.before, leaves, strict=True) if leaf.is_kept}
   if has_gradient:
     known |= dict.fromkeys(trace.grads)
+  for leaf, (_, x) in zip(leaves, paths, strict=True):
+    if not leaf.is_kept and jnp.finfo(jnp.result_type(x)).bits < 32:
+      raise NotInvertible(f"{leaf.name}: {jnp.result_type(x)} keeps too few bits to be solved for")
   pending = [index for index, leaf in enumerate(leaves) if not leaf.is_kept]
   order: list[int | None] = []
   reasons: dict[int, str] = {}
@@ -198,10 +201,13 @@ def _solve(cone, target, before, known, after, leaf: Leaf):
     return value
 
   offset, slope = jax.jvp(f, (jnp.zeros_like(after),), (jnp.ones_like(after),))
-  x = (after - offset) / slope
+  # Slope 0: the value before does not matter to the one after (the first step of an average).
+  x = jnp.where(slope == 0, after, (after - offset) / jnp.where(slope == 0, 1, slope))
   # What is left of a difference of two nearly equal numbers is rounding. Where Adam's moments were zero before, such a
   # remainder over the root of another would be a step as long as a real one.
-  floor = jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(after), jnp.abs(offset)) / jnp.abs(slope)
+  floor = (
+    jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(after), jnp.abs(offset)) / jnp.abs(jnp.where(slope == 0, 1, slope))
+  )
   return jnp.maximum(x, floor) if leaf.is_nonnegative else jnp.where(jnp.abs(x) <= 2 * floor, 0, x)
 
 

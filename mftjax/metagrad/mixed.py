@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from mftjax import errors
+from mftjax.metagrad import passes, products, recovery
 from mftjax.metagrad import problem as problem_lib
-from mftjax.metagrad import products, recovery, unroll
 
 
 def build(problem: problem_lib.Problem, **options):
@@ -27,7 +28,7 @@ def build(problem: problem_lib.Problem, **options):
   Source: MixFlow-MG (Kemaev et al., 2025), the mixed-mode reparameterisation; inverting an optimiser: Maclaurin et al.
   (2015), Section 2.
   """
-  return functools.partial(_step, problem, products.exact, recovery.Options(**options))
+  return functools.partial(_step, problem, products.exact, recovery.options(options))
 
 
 def build_first_order(problem: problem_lib.Problem, **options):
@@ -37,7 +38,7 @@ def build_first_order(problem: problem_lib.Problem, **options):
 
   Source: first-order MAML (Finn et al., 2017), Section 5.2; T1-T2 (Luketina et al., 2016).
   """
-  return functools.partial(_step, problem, products.none, recovery.Options(**options))
+  return functools.partial(_step, problem, products.none, recovery.options(options))
 
 
 def build_finite_difference(problem: problem_lib.Problem, central: bool = False, **options):
@@ -49,7 +50,7 @@ def build_finite_difference(problem: problem_lib.Problem, central: bool = False,
   Source: see `products.finite_difference`.
   """
   product = products.finite_central if central else products.finite_one_sided
-  return functools.partial(_step, problem, product, recovery.Options(**options))
+  return functools.partial(_step, problem, product, recovery.options(options))
 
 
 def build_unroll(problem: problem_lib.Problem, **options) -> Callable[..., tuple[problem_lib.State, jax.Array]]:
@@ -60,7 +61,7 @@ def build_unroll(problem: problem_lib.Problem, **options) -> Callable[..., tuple
     reverse mode is that of `mixed`, in meta_params and in the state at the start. Batches and keys count as constants,
     and so do the inner losses. The options are those of `build`.
   """
-  chosen = recovery.Options(**options)
+  chosen = recovery.options(options)
   plan_for = functools.partial(recovery.choose, problem, products.exact, chosen)
 
   @jax.custom_vjp
@@ -69,22 +70,25 @@ def build_unroll(problem: problem_lib.Problem, **options) -> Callable[..., tuple
 
   def forward(meta_params, state, batches, keys):
     plan = plan_for(meta_params, state, batches, keys)
-    final, metrics, residuals = unroll.forward(problem, plan, meta_params, state, batches, keys)
+    final, metrics, residuals = passes.forward(problem, plan, meta_params, state, batches, keys)
     return (final, metrics["inner_loss"]), (meta_params, state, residuals, batches, keys)
 
   def backward(kept, cotangents):
     meta_params, state, residuals, batches, keys = kept
     plan = plan_for(meta_params, state, batches, keys)
     final_bar, _ = cotangents
-    opt_bar, _ = unroll.split_floats(final_bar.opt_state)
-    bars, _ = unroll.backward(problem, plan, meta_params, residuals, final_bar.params, opt_bar, batches, keys)
-    _, rebuild = unroll.split_floats(state.opt_state)
+    opt_bar, _ = passes.split_floats(final_bar.opt_state)
+    bars, _ = passes.backward(problem, plan, meta_params, residuals, final_bar.params, opt_bar, batches, keys)
+    _, rebuild = passes.split_floats(state.opt_state)
     opt_bar = jax.tree.map(lambda x: x if problem_lib.is_floating(x) else None, rebuild(bars.opt_floats))
     return bars.meta_params, problem_lib.State(bars.params, opt_bar, None), None, None
 
   differentiable.defvjp(forward, backward)
 
   def run(meta_params, state, inner_batches, keys):
+    length = problem_lib.unroll_length(inner_batches)
+    if len(keys) != length:
+      raise errors.InputError(f"An unroll of {length} steps needs as many keys, got {len(keys)}.")
     return differentiable(meta_params, state, *jax.lax.stop_gradient((inner_batches, keys)))
 
   return run
@@ -103,8 +107,8 @@ def _step(
   length = problem_lib.check(problem, meta_params, state, inner_batches, outer_batch)
   keys, outer_rng = problem_lib.split_keys(rng, length)
   plan = recovery.choose(problem, product, options, meta_params, state, inner_batches, keys)
-  final, metrics, residuals = unroll.forward(problem, plan, meta_params, state, inner_batches, keys)
-  floats, rebuild = unroll.split_floats(final.opt_state)
+  final, metrics, residuals = passes.forward(problem, plan, meta_params, state, inner_batches, keys)
+  floats, rebuild = passes.split_floats(final.opt_state)
 
   def outer_loss(params, floats, meta_params):
     end = final.replace(params=params, opt_state=rebuild(floats))
@@ -113,7 +117,7 @@ def _step(
   (loss, aux), (params_bar, opt_bar, meta_bar) = jax.value_and_grad(outer_loss, argnums=(0, 1, 2), has_aux=True)(
     final.params, floats, meta_params
   )
-  bars, back = unroll.backward(problem, plan, meta_params, residuals, params_bar, opt_bar, inner_batches, keys)
+  bars, back = passes.backward(problem, plan, meta_params, residuals, params_bar, opt_bar, inner_batches, keys)
   grad = jax.tree.map(operator.add, meta_bar, bars.meta_params)
   finite = metrics["finite"] | back.pop("finite") | {"outer_loss": problem_lib.is_finite(loss, params_bar, meta_bar)}
   more = {name: value for name, value in back.items() if value is not None}

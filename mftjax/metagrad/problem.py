@@ -174,13 +174,7 @@ def check(problem: Problem, meta_params: Any, state: State, inner_batches: Any, 
         f"inner_batches{jax.tree_util.keystr(path)} of shape {leaf.shape} does not divide into "
         f"micro_batches = {problem.micro_batches} along its axis 1."
       )
-  try:
-    fresh = jax.eval_shape(lambda meta_params: problem.optimizer(meta_params).init(state.params), meta_params)
-  except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-    raise errors.InputError(
-      "optimizer(meta_params) needs concrete values, so nothing can be differentiated through it: build it from the "
-      f"traced arrays, without float(), bool() or numpy on them. JAX says: {str(error).splitlines()[0]}"
-    ) from error
+  fresh = _trace_optimizer(lambda meta_params: problem.optimizer(meta_params).init(state.params), meta_params)
   layout = lambda tree: (jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)])
   if layout(fresh) != layout(state.opt_state):
     raise errors.InputError(
@@ -196,7 +190,7 @@ def check(problem: Problem, meta_params: Any, state: State, inner_batches: Any, 
       found, _ = found
     if getattr(found, "shape", None) != () or not is_floating(found):
       raise errors.InputError(f"{name}_loss must return a floating scalar, got {found}.")
-  after = jax.eval_shape(lambda *args: inner_step(problem, *args)[0], meta_params, state, batch, rng)
+  after = _trace_optimizer(lambda *args: inner_step(problem, *args)[0], meta_params, state, batch, rng)
   if jax.tree.structure(after) != jax.tree.structure(state):
     raise errors.InputError(
       "The state does not fit this optimiser: make it with metagrad.init(problem, meta_params, params)."
@@ -208,6 +202,16 @@ def check(problem: Problem, meta_params: Any, state: State, inner_batches: Any, 
         f"{new.dtype}{new.shape}: cast the meta-parameters or the state so that both agree."
       )
   return length
+
+
+def _trace_optimizer(fn: Callable, *args: Any) -> Any:
+  try:
+    return jax.eval_shape(fn, *args)
+  except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+    raise errors.InputError(
+      "optimizer(meta_params) needs concrete values, so nothing can be differentiated through it: build it from the "
+      f"traced arrays, without float(), bool() or numpy on them. JAX says: {str(error).splitlines()[0]}"
+    ) from error
 
 
 def check_count(name: str, value: Any) -> None:

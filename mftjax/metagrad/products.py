@@ -117,7 +117,7 @@ def finite_difference(problem: problem_lib.Problem, central: bool) -> Product:
 
   `h |u| = eps^(1/2) (1 + |p|)`, and `eps^(1/3)` for central ones, the usual balance of truncation and rounding.
   The errors reported are `eps |g| / (h |Hu|)` for rounding, and for truncation, which central differences alone
-  can see, `|g(p + h u) - 2 g(p) + g(p - h u)| / (h |Hu|)`: what a one-sided difference would be off by.
+  can see, `|g(p + h u) - 2 g(p) + g(p - h u)| / (2 h |Hu|)`: what a one-sided difference would be off by.
 
   Source: DARTS (Liu et al., 2019), equation 8; step sizes as in Nocedal and Wright (2006), Section 8.1.
   """
@@ -144,7 +144,7 @@ def finite_difference(problem: problem_lib.Problem, central: bool) -> Product:
     scale = jnp.where(scale > 0, scale, 1)
     rounding = eps * optax.global_norm(saved) / scale
     second = optax.global_norm(jax.tree.map(lambda a, g, b: a - 2 * g + b, ahead, saved, behind)) if central else 0.0
-    return *bars, jnp.stack([rounding, second / scale])
+    return *bars, jnp.stack([rounding, second / (2 * scale)])
 
   return Product(evaluate, apply)
 

@@ -63,14 +63,31 @@ class Options:
         raise errors.unknown_name(name, value, known)
     if self.every is not None:
       problem_lib.check_count("every", self.every)
+      if self.recovery == "store" or self.save == "activations":
+        raise errors.InputError("every has no meaning where each state is stored.")
     if self.memory_bytes is not None and not (isinstance(self.memory_bytes, int | float) and self.memory_bytes > 0):
       raise errors.InputError(f"memory_bytes must be a number of bytes above 0, got {self.memory_bytes!r}.")
     if self.recovery == "checkpoint" and self.save not in ("auto", "gradients"):
       raise errors.InputError(f"recovery='checkpoint' saves the gradients of one segment, not save={self.save!r}.")
     if self.save == "activations" and self.recovery not in ("auto", "store"):
       raise errors.InputError(f"save='activations' goes with recovery='store', not {self.recovery!r}.")
+    if not isinstance(self.offload, bool):
+      raise errors.InputError(f"offload must be True or False, got {self.offload!r}.")
     if self.offload and "pinned_host" not in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
       raise errors.InputError("offload=True needs a backend with pinned host memory; this one has none.")
+
+
+def options(given: dict[str, Any]) -> Options:
+  """`Options` of a user's keywords.
+
+  Raises:
+    InputError: an unknown one, or a value out of its range.
+  """
+  known = [field.name for field in dataclasses.fields(Options)]
+  for name in given:
+    if name not in known:
+      raise errors.unknown_name("option", name, known)
+  return Options(**given)
 
 
 # Fewest operations first, and the exact ones before the one that rounds.
