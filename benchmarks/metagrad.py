@@ -239,26 +239,30 @@ def small_tables() -> Iterator[list[dict]]:
 
 
 def full_tables() -> Iterator[list[dict]]:
-  base = Case()
-  lora = dataclasses.replace(base, width=256, lora=True)
-  for steps in (2, 8, 32, 128):
-    left_out = [] if steps <= 8 else ["naive reverse"] if steps <= 32 else ["naive reverse", "mixed, activations"]
-    repeats = 2 if steps <= 32 else 1
-    yield measure(base, steps, [name for name in VARIANTS if name not in left_out], repeats, "reverse")
-    some = ["plain", "mixed, activations", "mixed, gradients", "mixed, invert, nothing", "reverse"]
-    yield measure(lora, steps, [name for name in some if name not in left_out], repeats, "reverse")
+  base, lora = SMALL, SMALL_LORA
+  yield measure(base, 8, list(VARIANTS), 2, "reverse")
+  lora_variants = ["plain", "mixed, activations", "mixed, gradients", "mixed, invert, nothing", "reverse"]
+  yield measure(lora, 8, lora_variants, 2, "reverse")
+  # What does not keep every step's activations, over the unroll length; times of the shorter ones only.
+  some = ["plain", "mixed, gradients", "mixed, checkpoint", "mixed, invert, nothing", "mixed, invert, no anchors"]
+  some += ["finite difference", "first order, lr and decay", "reverse"]
+  for steps, repeats in ((2, 2), (32, 1), (128, 0)):
+    yield measure(base, steps, some, repeats, "reverse")
+    yield measure(
+      lora, steps, [name for name in lora_variants if steps <= 32 or "activ" not in name], repeats, "reverse"
+    )
   some = ["plain", "mixed, gradients", "mixed, activations", "mixed, invert, nothing", "naive reverse"]
   for change in (
     {},
     {"remat": True},
     {"layers": 8},
     {"width": 256},
-    {"length": 512, "rows": 2},
-    {"length": 512, "rows": 2, "attention": "blockwise"},
+    {"length": 512, "rows": 1},
+    {"length": 512, "rows": 1, "attention": "blockwise"},
     {"memory_slots": 64},
     {"memory_slots": 1024},
   ):
-    yield measure(dataclasses.replace(base, **change), 16, some, 2, "mixed, gradients")
+    yield measure(dataclasses.replace(base, **change), 16, some, 1, "mixed, gradients")
 
 
 def main():

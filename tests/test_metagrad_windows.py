@@ -76,8 +76,8 @@ def test_every_window_draws_what_the_whole_run_draws(micro_batches):
   state = problem_lib.init(problem, meta_params, jnp.zeros(8))
   batches = jax.random.normal(jax.random.key(1), (7, 2))
   report = windows.truncation_bias(problem, meta_params, state, batches, 0.0, jax.random.key(2), lengths=[1, 7])
-  assert report.by_parameter[1]["a"].cosine > 1 - 1e-6
-  np.testing.assert_allclose(report.by_parameter[1]["a"].norm_ratio, 1 / 7, rtol=1e-5)
+  assert report.by_parameter[1]["a.b"].cosine > 1 - 1e-6
+  np.testing.assert_allclose(report.by_parameter[1]["a.b"].norm_ratio, 1 / 7, rtol=1e-5)
   assert report.by_parameter[1]["none"] == windows.Agreement(1.0, 1.0, 1.0)
   assert report.enough == 1
 

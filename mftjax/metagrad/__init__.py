@@ -7,7 +7,7 @@ from typing import Any
 from mftjax import errors
 from mftjax.metagrad import evolution, forward, implicit, mixed, recovery, reverse, smoothness, windows
 from mftjax.metagrad import problem as problem_lib
-from mftjax.metagrad.check import check
+from mftjax.metagrad.checking import check
 from mftjax.metagrad.evolution import ParticleState
 from mftjax.metagrad.mixed import build_unroll as unroll
 from mftjax.metagrad.problem import Output, Problem, State, inner_step, read_params

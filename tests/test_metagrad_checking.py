@@ -9,9 +9,8 @@ import optax
 import pytest
 
 from mftjax import errors
-from mftjax.metagrad import check as check_lib
+from mftjax.metagrad import checking, reverse
 from mftjax.metagrad import problem as problem_lib
-from mftjax.metagrad import reverse
 
 NAMES = {"optimizer.log_learning_rate", "logits"}
 
@@ -36,7 +35,7 @@ def classifier(dtype=np.float32):
 
 
 def check(inputs, build=reverse.build, **options):
-  return check_lib.check(inputs[0], build, *inputs[1:], jax.random.key(1), **options)
+  return checking.check(inputs[0], build, *inputs[1:], jax.random.key(1), **options)
 
 
 def doubled_logits(problem):
