@@ -229,11 +229,11 @@ SMALL_LORA = Case(layers=4, width=256, length=128, rows=1, lora=True)
 def small_tables() -> Iterator[list[dict]]:
   timed = ["plain", "mixed, gradients", "mixed, activations", "mixed, invert, nothing", "finite difference"]
   timed += ["first order, lr and decay"]
-  yield measure(SMALL, 32, timed, 2, "mixed, gradients")
+  yield measure(SMALL, 32, timed, 1, "mixed, gradients")
   for steps in (8, 128):
     yield measure(SMALL, steps, ["plain", "mixed, invert, nothing", "mixed, invert, no anchors"], 0)
   yield measure(dataclasses.replace(SMALL, remat=True), 16, ["plain", "mixed, invert, nothing", "naive reverse"], 0)
-  yield measure(SMALL_LORA, 32, ["plain", "mixed, gradients", "mixed, activations"], 2, "mixed, gradients")
+  yield measure(SMALL_LORA, 32, ["plain", "mixed, gradients", "mixed, activations"], 1, "mixed, gradients")
   for steps in (8, 128):
     yield measure(SMALL_LORA, steps, ["plain", "mixed, invert, nothing"], 0)
 

@@ -151,7 +151,13 @@ JAX_SIDES: dict[str, Callable[[peer_models.Case], Callable]] = {
 }
 TORCH_SIDES = torch_peers.SIDES
 SIDES = (*JAX_SIDES, *TORCH_SIDES)
-NOT_IN_SMALL = ("mftjax mixed, activations", "mftjax mixed, checkpoint", "mftjax reverse", "mixflow")
+NOT_IN_SMALL = (
+  "mftjax mixed, gradients",
+  "mftjax mixed, activations",
+  "mftjax mixed, checkpoint",
+  "mftjax reverse",
+  "mixflow",
+)
 
 
 # One side, in its own process
