@@ -92,16 +92,18 @@ class MetaLearner(nnx.Module):
     mean, most = _pooled(each, is_source)
     around = jnp.broadcast_to(jnp.concatenate([mean, most]), (num_sources, 2 * each.shape[1]))
     each = each + nnx.silu(self.source_mix(jnp.concatenate([each, around], axis=-1)))
-    logits = self.match_gain[...] * log_match + self.mixture_head(each)[:, 0]
+    logits = self.match_gain[...] * log_match + jnp.asarray(self.mixture_head(each))[:, 0]
 
     by_ability = nnx.silu(self.ability_in(ability))  # [abilities, width]
     whole = nnx.silu(self.task_in(jnp.concatenate([*_pooled(each, is_source), weight @ by_ability])))
     hyperparameters = {}
     for name in self.names:
       value = self.start[name][...] + self.offsets[name][...]
-      hyperparameters[name] = value if name in self.shared else value + self.heads[name](whole).reshape(value.shape)
+      hyperparameters[name] = (
+        value if name in self.shared else value + jnp.asarray(self.heads[name](whole)).reshape(value.shape)
+      )
     context = jnp.broadcast_to(whole, by_ability.shape)
-    outcome = self.outcome_head(nnx.silu(self.outcome_in(jnp.concatenate([by_ability, context], axis=-1))))
+    outcome = jnp.asarray(self.outcome_head(nnx.silu(self.outcome_in(jnp.concatenate([by_ability, context], axis=-1)))))
     return Prediction(
       hyperparameters=hyperparameters,
       mixture_logits=jnp.where(is_source > 0, logits, -30.0),

@@ -17,6 +17,7 @@ class Batch:
   positions: jax.Array  # [batch, length] int32, restarts at 0 with each segment
   source: jax.Array  # [batch] int32, index of the source the row was drawn from
   proposal: jax.Array  # [batch] float32, probability with which that source was drawn
+  progress: jax.Array | None = None  # [batch] float32 in 0..1, part of the run that is over; for a curriculum
 
 
 def at_least_f32(dtype: Any) -> Any:

@@ -86,3 +86,30 @@ def test_save_writes_the_merged_weights_and_leaves_the_model(tmp_path):
   assert tokenizer is None
   assert not lora.adapted(loaded)
   np.testing.assert_allclose(loaded(row), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_a_masked_rank_is_a_lora_cut_to_it(rank):
+  model, cut, row = trained(), trained(), tokens(0, 2, 8)
+  for target in lora.adapted(cut):
+    b = getattr(cut.layers, f"{target}_lora_b")[...]
+    setattr(cut.layers, f"{target}_lora_b", lora.LoRAParam(b.at[:, rank:].set(0.0)))
+  graphdef, params = nnx.split(model)
+  masked = nnx.merge(graphdef, lora.masked(params, jnp.float32(rank)))
+  np.testing.assert_array_equal(masked(row), cut(row))
+  if rank == 3:
+    np.testing.assert_array_equal(masked(row), model(row))
+
+
+def test_a_masked_scale_multiplies_alpha():
+  graphdef, params = nnx.split(trained(alpha=6.0))
+  scaled, row = nnx.merge(graphdef, lora.masked(params, scale=jnp.float32(0.5))), tokens(0, 2, 8)
+  np.testing.assert_allclose(scaled(row), trained(alpha=3.0)(row), atol=1e-6)
+
+
+def test_the_derivative_in_the_rank():
+  """A column comes in linearly; at a whole rank the derivative is that of the column that is in last."""
+  params = {"layers": {"q_proj_lora_a": jnp.ones((1, 2, 3)), "q_proj_lora_b": jnp.arange(6.0).reshape(1, 3, 2)}}
+  total = lambda rank: lora.masked(params, rank)["layers"]["q_proj_lora_b"].sum()
+  np.testing.assert_allclose(total(1.5), 0 + 1 + 0.5 * (2 + 3))
+  np.testing.assert_allclose([jax.grad(total)(rank) for rank in (0.5, 1.0, 1.5, 3.0)], [1.0, 1.0, 5.0, 9.0])

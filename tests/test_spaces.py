@@ -53,3 +53,36 @@ def test_errors_name_the_hyperparameter():
     spaces.Interval(1.0, 0.0)
   with pytest.raises(errors.InputError, match="low > 0"):
     spaces.Log(0.0, 1.0)
+  with pytest.raises(errors.InputError, match="ascending"):
+    spaces.Ordered((8, 4))
+  with pytest.raises(errors.InputError, match="2 weights of at least 0 and sum 1"):
+    spaces.Simplex(2).init([0.5, 0.6])
+  with pytest.raises(errors.InputError, match=r"rank = 64 is out of its range \[4.0, 16.0\]"):
+    spaces.Space({"rank": spaces.Ordered((4, 8, 16))}).init({"rank": 64})
+
+
+@settings(deadline=None)  # the first example compiles
+@given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=5))
+def test_simplex_round_trip(parts):
+  weights = np.asarray(parts) / np.sum(parts)
+  simplex = spaces.Simplex(len(parts))
+  np.testing.assert_allclose(simplex.constrain(simplex.init(weights)), weights, rtol=2e-6)
+
+
+def test_a_weight_of_zero_is_finite():
+  space = spaces.Space({"mixture": spaces.Simplex(3)})
+  x = space.init({"mixture": [0.0, 1.0, 0.0]})
+  assert np.all(np.isfinite(x["mixture"]))
+  np.testing.assert_allclose(space.constrain(x)["mixture"], [0.0, 1.0, 0.0], atol=1e-7)
+
+
+@settings(deadline=None)  # the first example compiles
+@given(st.floats(4.0, 64.0))
+def test_ordered_round_trip_and_rounding(value):
+  allowed = (4, 8, 16, 64)
+  space = spaces.Space({"batch_size": spaces.Ordered(allowed), "b1": spaces.Interval(0.0, 1.0)})
+  values = space.constrain(space.init({"batch_size": value, "b1": 0.3}))
+  assert float(values["batch_size"]) == pytest.approx(value, rel=1e-6)
+  rounded = space.rounded({"batch_size": value, "b1": 0.3, "other": 7})
+  nearest = allowed[np.argmin(np.abs(np.log(np.asarray(allowed) / value)))]
+  assert rounded == {"batch_size": nearest, "b1": 0.3, "other": 7}

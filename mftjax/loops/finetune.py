@@ -1,7 +1,9 @@
 """Fine-tuning by a recipe, with the step that meta-training differentiates."""
 
+import dataclasses
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ def read_recipe(config: ml_collections.ConfigDict, workdir: pathlib.Path, given:
     given: `default`, or the path of a recipe; empty is the workdir's own `recipe.json`.
 
   Raises:
-    InputError: no such recipe, or one that names other sources or hyperparameters.
+    InputError: no such recipe, one that names other sources or hyperparameters, or a higher rank than the LoRA has.
   """
   if given == "default":
     return "default", predict.default_recipe(config)
@@ -36,9 +38,27 @@ def read_recipe(config: ml_collections.ConfigDict, workdir: pathlib.Path, given:
     if name not in config.sources:
       raise errors.unknown_name(f"source in {path}", name, config.sources)
   for name in found["hyperparameters"]:
-    if name not in (*sft.DEFAULTS, "batch_size", "num_steps"):
-      raise errors.unknown_name(f"hyperparameter in {path}", name, (*sft.DEFAULTS, "batch_size", "num_steps"))
+    if name not in (*sft.NAMES, "num_steps"):
+      raise errors.unknown_name(f"hyperparameter in {path}", name, (*sft.NAMES, "num_steps"))
+  rank = found["hyperparameters"].get("lora_rank", 0)
+  if rank > config.lora.rank:
+    raise errors.InputError(f"lora_rank = {rank} in {path} is above config.lora.rank = {config.lora.rank}.")
   return ("learnt" if path == workdir / "recipe.json" else path.stem), found
+
+
+def run_length(config: ml_collections.ConfigDict, hyperparameters: Mapping[str, float]) -> tuple[int, int, int]:
+  """`(batch_size, num_steps, micro_batches)` of a recipe's run.
+
+  The batch size is rounded to whole rows. `num_steps` of the recipe, or else those of `config.budget_tokens` at that
+  batch size, are cut to `stop_fraction`. A micro-batch has no more rows than with the config's own batch size.
+  """
+  batch_size = max(round(hyperparameters.get("batch_size", config.batch_size)), 1)
+  whole = int(hyperparameters.get("num_steps", config_lib.num_steps(config, batch_size)))
+  # 1e-3: 0.7 is not quite 0.7 in f32, nor is 0.7 * 10 quite 7.
+  num_steps = max(int(whole * hyperparameters.get("stop_fraction", 1.0) + 1e-3), 1)
+  rows = config.batch_size // config.micro_batches
+  fewest = -(-batch_size // rows)
+  return batch_size, num_steps, next(n for n in range(fewest, batch_size + 1) if batch_size % n == 0)
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: str) -> pathlib.Path:
@@ -56,8 +76,8 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   weights = np.asarray([found["mixture"].get(source, 0.0) for source in names], np.float64)
   proposal = mixture.proposal(weights, 0.0)
   values = dict(found["hyperparameters"])
-  batch_size = int(values.pop("batch_size", config.batch_size))
-  num_steps = int(values.pop("num_steps", config_lib.num_steps(config)))
+  batch_size, num_steps, micro_batches = run_length(config, values)
+  values = {key: value for key, value in values.items() if key not in ("batch_size", "num_steps", "stop_fraction")}
   stream = mixture.Stream(rows, batch_size, config.seed + 2)
   learned = meta_train.restore(config, network, workdir) if name == "learnt" and network.memory is not None else None
   memory = learned[1].meta_params["memory"] if learned else network.memory
@@ -75,9 +95,11 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
 
   def build_problem(frozen):
     apply = functools.partial(network.apply, frozen)
-    loss = lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch)
+    loss = lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch, values)
     outer_loss = lambda *args: (loss(*args), None)
-    return task_lib.problem(config, loss, outer_loss, lambda meta_params: meta_params["hyperparameters"], num_steps)
+    hyperparameters = lambda meta_params: meta_params["hyperparameters"]
+    built = task_lib.problem(config, loss, outer_loss, hyperparameters, num_steps)
+    return dataclasses.replace(built, micro_batches=micro_batches)
 
   @jax.jit
   def train_step(frozen, meta_params, state, batch, rng):
@@ -110,6 +132,6 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
         tracker.log(step + 1, {"loss": float(loss)})
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
           checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
-  params = metagrad.read_params(build_problem(network.frozen), state)
+  params = sft.adapted(metagrad.read_params(build_problem(network.frozen), state), values)
   models.save(network.merge(network.frozen, params, memory), tokenizer, folder / "model")
   return folder / "model"

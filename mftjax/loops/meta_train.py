@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -29,22 +30,30 @@ class OuterState:
 
 
 def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, frozen: Any) -> metagrad.Problem:
-  """The bilevel problem of one task: SFT inside, the mean over abilities outside."""
+  """The bilevel problem of one task: SFT inside, the mean over abilities outside.
+
+  Batches have `config.batch_size` rows; a learned batch size counts the first ones of them.
+  """
   space = config_lib.space(config)
   fixed = config_lib.default_hyperparameters(config)
   apply = functools.partial(network.apply, frozen)
   weights = task_lib.ability_weights(config)
+  hyperparameters = lambda meta_params: {**fixed, **space.constrain(meta_params["hyperparameters"])}
+
+  def inner_loss(params, meta_params, batch, rng):
+    return sft.inner_loss(apply, params, meta_params, batch, hyperparameters(meta_params), config.batch_size)
 
   def outer_loss(params, meta_params, batch, rng):
+    params = sft.adapted(params, hyperparameters(meta_params))
     losses, _ = sft.row_losses(apply(params, meta_params["memory"], batch), batch)
     by_ability = sft.source_means(losses, batch, len(weights))
     return objectives.weighted_mean(by_ability, jnp.asarray(weights)), by_ability
 
   return task_lib.problem(
     config,
-    inner_loss=lambda params, meta_params, batch, rng: sft.inner_loss(apply, params, meta_params, batch),
+    inner_loss=inner_loss,
     outer_loss=outer_loss,
-    hyperparameters=lambda meta_params: {**fixed, **space.constrain(meta_params["hyperparameters"])},
+    hyperparameters=hyperparameters,
     num_steps=config_lib.num_steps(config),
   )
 
@@ -108,25 +117,44 @@ def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Networ
 
 
 def readable(config: ml_collections.ConfigDict, meta_params: Any) -> tuple[dict[str, float], dict[str, float]]:
-  """The hyperparameters and the mixture that the meta-parameters stand for, by name."""
-  values = config_lib.space(config).constrain(meta_params["hyperparameters"])
+  """The hyperparameters and the mixture that the meta-parameters stand for, by name.
+
+  Ordered hyperparameters are rounded to an allowed value, a batch size to whole rows, and with a learned batch size
+  `num_steps` is there too: the steps in which it uses the whole budget.
+  """
+  space = config_lib.space(config)
+  values = space.rounded({name: float(x) for name, x in space.constrain(meta_params["hyperparameters"]).items()})
+  if "batch_size" in values:
+    values["batch_size"] = float(round(values["batch_size"]))
+    values["num_steps"] = float(config_lib.num_steps(config, round(values["batch_size"])))
   weights = np.asarray(jax.nn.softmax(meta_params["mixture_logits"]), np.float64)
   names = task_lib.names(config.sources)
   return (
-    {name: float(value) for name, value in values.items()},
+    values,
     {name: float(weight) for name, weight in zip(names, weights / weights.sum(), strict=True)},
   )
 
 
-def draw_run_length(config: ml_collections.ConfigDict, step: int) -> int:
+def horizon(config: ml_collections.ConfigDict, meta_params: Any) -> int:
+  """Inner steps of a whole run at these meta-parameters: more with a smaller batch, fewer where it stops early."""
+  values = config_lib.default_hyperparameters(config)
+  values |= {n: float(x) for n, x in config_lib.space(config).constrain(meta_params["hyperparameters"]).items()}
+  size = values.get("batch_size", config.batch_size)
+  return math.ceil(config_lib.num_steps(config) * values["stop_fraction"] * config.batch_size / size - 1e-3)
+
+
+def draw_run_length(config: ml_collections.ConfigDict, step: int, num_steps: int) -> int:
   """Inner steps after which a run that starts at this outer step makes way for a fresh one.
 
   Random between half and all of the horizon: fresh starts come at random moments, and windows see the late parts of
   a run nearly as often as the early ones.
+
+  Args:
+    num_steps: of a whole run, as of `horizon`.
   """
-  horizon = config_lib.num_steps(config)
-  low = max(horizon // 2, config.meta.unroll_length)
-  return int(np.random.default_rng([config.seed, step]).integers(low, horizon, endpoint=True))
+  num_steps = max(num_steps, config.meta.unroll_length)
+  low = max(num_steps // 2, config.meta.unroll_length)
+  return int(np.random.default_rng([config.seed, step]).integers(low, num_steps, endpoint=True))
 
 
 def init_state(config: ml_collections.ConfigDict, network: task_lib.Network) -> OuterState:
@@ -165,7 +193,8 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
   uniform = np.full(num_abilities, 1 / num_abilities)
   command.claim_workdir(config, workdir)
 
-  state, start, run_length = init_state(config, network), 0, draw_run_length(config, 0)
+  state, start = init_state(config, network), 0
+  run_length = draw_run_length(config, 0, horizon(config, state.meta_params))
   found = restore(config, network, workdir)
   if found:
     start, state, data = found
@@ -193,7 +222,7 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
       outer_batch = ability_stream.next(uniform)
       is_fresh = inner_steps_done + length > run_length
       if is_fresh:
-        run_length = draw_run_length(config, step)
+        run_length = draw_run_length(config, step, horizon(config, state.meta_params))
       key = jax.random.fold_in(jax.random.key(config.seed), step)
       if config.meta.check and step == 0:
         _check(config, network, state.meta_params, inner_batches, outer_batch, key)

@@ -105,12 +105,14 @@ def problem(
   """The config's SFT run around these losses; the outer loss returns `(scalar, aux)`.
 
   Args:
+    inner_loss, outer_loss: of `metagrad.Problem`; they see to the hyperparameters of the losses themselves.
     hyperparameters: meta_params -> those of `sft.optimizer`.
-    num_steps: of the whole run.
+    num_steps: of the whole run, at the config's batch size.
   """
 
   def optimizer(meta_params):
-    chain = sft.optimizer(hyperparameters(meta_params), num_steps, config.normalise_gradients)
+    values = hyperparameters(meta_params)
+    chain = sft.optimizer(values, num_steps, config.normalise_gradients, largest_batch=config.batch_size)
     return metagrad.smoothness.averaged(chain, config.average_decay) if config.average_decay else chain
 
   return metagrad.Problem(

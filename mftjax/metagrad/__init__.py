@@ -10,7 +10,7 @@ from mftjax.metagrad import problem as problem_lib
 from mftjax.metagrad.checking import check
 from mftjax.metagrad.evolution import ParticleState
 from mftjax.metagrad.mixed import build_unroll as unroll
-from mftjax.metagrad.problem import Output, Problem, State, inner_step, read_params
+from mftjax.metagrad.problem import Output, Problem, State, inner_step, read_params, run
 
 _BUILDERS: dict[str, Callable] = {
   "mixed": mixed.build,
@@ -84,6 +84,7 @@ __all__ = [
   "inner_step",
   "method_options",
   "read_params",
+  "run",
   "smoothness",
   "unroll",
   "value_and_grad",

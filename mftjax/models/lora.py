@@ -1,6 +1,7 @@
 """Low-rank adapters, stacked over the layers like the weights that they adapt."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,37 @@ def add(model: Decoder, rank: int, alpha: float, targets: Sequence[str], *, rngs
 def adapted(model: Decoder) -> list[str]:
   """The targets that have an adapter."""
   return [target for target in TARGETS if hasattr(model.layers, f"{target}_lora_a")]
+
+
+def masked(params: Any, rank: jax.typing.ArrayLike | None = None, scale: jax.typing.ArrayLike = 1.0) -> Any:
+  """Params whose adapters have a smaller rank and another scale; differentiable in both.
+
+  Column k of A counts `clip(rank - k, 0, 1)`: at a whole rank r exactly the first r columns are there, in between the
+  last one is there in part. At whole ranks the derivative is the one from below.
+
+  Args:
+    params: a pytree whose paths name the parameters, such as the state of a model; all but `_lora_b` stays as it is.
+    rank: scalar, at least 0; None is the whole rank.
+    scale: scalar that alpha / rank (the whole rank) is multiplied by.
+
+  Source: Nested dropout's ordering (Rippel et al., 2014, Section 3), made soft.
+  """
+
+  def mask(path, leaf):
+    if not any(name.endswith("_lora_b") for name in names_of(path)):
+      return leaf
+    kept = jnp.asarray(scale)
+    if rank is not None:
+      left = rank - jnp.arange(leaf.shape[-2])[:, None]
+      kept = kept * jnp.where(left > 1, 1.0, jnp.where(left > 0, left, 0.0))
+    return leaf * kept.astype(leaf.dtype)
+
+  return jax.tree.map_with_path(mask, params)
+
+
+def names_of(path: Sequence[Any]) -> list[str]:
+  """The names along a path of a pytree, such as `["layers", "q_proj_lora_b", "value"]`."""
+  return [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
 
 
 def merge(model: Decoder) -> None:

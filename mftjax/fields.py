@@ -1,0 +1,129 @@
+"""Every field of a config: its default, its range and a line of help."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from mftjax import metagrad, objectives
+from mftjax.models import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One field of the config."""
+
+  default: Any
+  help: str
+  check: Callable[[Any], bool] = lambda value: True
+  allowed: str = ""
+
+
+def _at_least(low: float) -> dict[str, Any]:
+  return {"check": lambda value: math.isfinite(value) and value >= low, "allowed": f"at least {low}"}
+
+
+def _above(low: float) -> dict[str, Any]:
+  return {"check": lambda value: math.isfinite(value) and value > low, "allowed": f"above {low}"}
+
+
+def _one_of(*words: str) -> dict[str, Any]:
+  return {"check": lambda value: value in words, "allowed": "one of " + ", ".join(words)}
+
+
+FIELDS: dict[str, Field] = {
+  "seed": Field(0, "seed of everything random", **_at_least(0)),
+  "task": Field("task", "name of the task, written into the recipe"),
+  "budget_tokens": Field(100_000, "tokens (rows times length) of one fine-tuning run", **_above(0)),
+  "length": Field(128, "tokens in a row; examples are packed into rows", **_at_least(8)),
+  "batch_size": Field(8, "rows in a batch of the inner step", **_at_least(1)),
+  "micro_batches": Field(1, "parts of an inner batch that are computed one after the other", **_at_least(1)),
+  "normalise_gradients": Field(False, "scale every inner gradient to clip_norm, not only the larger ones"),
+  "average_decay": Field(
+    0.0,
+    "decay of an average of the inner params, which is what is evaluated and exported; 0 is none",
+    lambda value: 0 <= value < 1,
+    "at least 0, below 1",
+  ),
+  "truncate_side": Field("left", "side on which a prompt that is too long is cut", **_one_of("left", "right")),
+  "compilation_cache": Field("default", "folder of compiled programs; 'default' is ~/.cache/mftjax, '' is off"),
+  "model.path": Field("", "folder or hub id of the model; empty makes a small random one"),
+  "model.gguf_file": Field("", "GGUF file within that folder"),
+  "model.dtype": Field("float32", "dtype of the computation", **_one_of("float32", "bfloat16")),
+  "model.remat": Field(False, "recompute each layer's activations in the backward pass"),
+  "model.attention": Field(
+    "full",
+    "full, blockwise (memory linear in the length) or fused (fastest kernel, no meta-gradient on a GPU)",
+    **_one_of(*attention.ATTENTION),
+  ),
+  "model.hidden_size": Field(64, "width of the random model", **_at_least(2)),
+  "model.num_layers": Field(2, "layers of the random model", **_at_least(1)),
+  "model.num_heads": Field(4, "attention heads of the random model", **_at_least(1)),
+  "lora.rank": Field(0, "rank of the LoRA; 0 trains every parameter", **_at_least(0)),
+  "lora.alpha": Field(16.0, "LoRA scale: its output is multiplied by alpha / rank", **_above(0)),
+  "lora.targets": Field(("q_proj", "k_proj", "v_proj", "o_proj"), "modules that get a LoRA"),
+  "memory.num_slots": Field(0, "key-value slots learned across tasks; 0 is no memory", **_at_least(0)),
+  "memory.key_dim": Field(16, "width of a slot's key", **_at_least(1)),
+  "memory.num_heads": Field(2, "heads that read the slots", **_at_least(1)),
+  "memory.layers": Field((0,), "layers after which the memory is read"),
+  "meta.outer_steps": Field(100, "outer steps", **_at_least(1)),
+  "meta.unroll_length": Field(8, "inner steps that one meta-gradient goes through", **_at_least(1)),
+  "meta.method": Field("mixed", "meta-gradient estimator", **_one_of(*metagrad.METHODS)),
+  "meta.recovery": Field("auto", "how inner states are had again", **_one_of(*metagrad.recovery.RECOVERIES)),
+  "meta.save": Field("auto", "what is kept of an inner step beside its state", **_one_of(*metagrad.recovery.SAVES)),
+  "meta.every": Field(0, "steps between two states that are kept; 0 chooses", **_at_least(0)),
+  "meta.memory_bytes": Field(0, "what an unroll may keep; 0 is a quarter of the device's memory", **_at_least(0)),
+  "meta.offload": Field(False, "keep states in the host's memory"),
+  "meta.central": Field(False, "central differences (method finite_difference)"),
+  "meta.num_pairs": Field(8, "antithetic pairs (methods es and pes)", **_at_least(1)),
+  "meta.sigma": Field(0.01, "standard deviation of perturbations (methods es and pes)", **_above(0)),
+  "meta.check": Field(False, "first compare the method with f64 reverse mode on a few steps and rows"),
+  "meta.mixture_learning_rate": Field(0.1, "of the outer Adam, on the mixture logits", **_above(0)),
+  "meta.hyperparameter_learning_rate": Field(0.03, "of the outer Adam, on the hyperparameters", **_above(0)),
+  "meta.memory_learning_rate": Field(1e-3, "of the outer Adam, on the memory", **_above(0)),
+  "meta.clip_norm": Field(1.0, "global norm to which meta-gradients are clipped", **_above(0)),
+  "meta.ability_rows": Field(4, "held-out rows of each ability in an outer batch", **_at_least(1)),
+  "meta.uniform_fraction": Field(
+    0.5,
+    "part of the uniform distribution in the proposal that rows are drawn from",
+    lambda value: 0 < value <= 1,
+    "above 0, at most 1",
+  ),
+  "meta.max_skipped": Field(10, "non-finite outer steps in a row that stop the run", **_at_least(1)),
+  "objective.name": Field("mean", "what the outer step lowers", **_one_of(*objectives.OBJECTIVES)),
+  "learner.kind": Field(
+    "direct", "direct: one task's own recipe; meta: a network that predicts it", **_one_of("direct", "meta")
+  ),
+  "learner.width": Field(48, "width of the meta-learner's hidden layers", **_at_least(1)),
+  "learner.learning_rate": Field(1e-3, "of the outer Adam, on the meta-learner", **_above(0)),
+  "learner.outcome_weight": Field(0.1, "of the outcome head's likelihood beside the meta-gradient", **_at_least(0)),
+  "learner.tasks_per_step": Field(8, "meta-tasks in an outer step", **_at_least(1)),
+  "tasks.num_train": Field(256, "meta-tasks to train on", **_at_least(1)),
+  "tasks.num_validation": Field(64, "meta-tasks to calibrate with", **_at_least(1)),
+  "tasks.max_sources": Field(6, "sources of a meta-task, at most", **_at_least(4)),
+  "tasks.max_abilities": Field(3, "abilities of a meta-task, at most", **_at_least(1)),
+  "tasks.min_budget": Field(
+    0.5, "least budget of a meta-task, as a part of budget_tokens", lambda value: 0 < value <= 1, "above 0, at most 1"
+  ),
+  "tasks.planted_fraction": Field(
+    0.2, "part of the meta-tasks whose best mixture is known", lambda value: 0 <= value <= 1, "from 0 to 1"
+  ),
+  "tasks.pool_rows": Field(128, "rows of each pool that meta-tasks draw from", **_at_least(4)),
+  "tasks.validation_rows": Field(32, "rows of each ability that recipes are chosen by", **_at_least(1)),
+  "tasks.test_rows": Field(128, "rows of each ability that recipes are judged by", **_at_least(1)),
+  "tasks.base_steps": Field(100, "steps that the small base model is trained for on all suites", **_at_least(1)),
+  "probe.rows": Field(16, "rows of each source and ability that the probe reads", **_at_least(1)),
+  "probe.num_steps": Field(4, "steps of the probe's training", **_at_least(1)),
+  "probe.batch_size": Field(1, "rows of each source in such a step", **_at_least(1)),
+  "compare.num_tasks": Field(20, "unseen tasks", **_at_least(1)),
+  "compare.num_seeds": Field(5, "seeds of each", **_at_least(1)),
+  "compare.num_trials": Field(50, "trials of each search", **_at_least(9)),
+  "compare.constant_tasks": Field(20, "training tasks that the best constant is chosen on", **_at_least(1)),
+  "compare.refine_steps": Field(4, "meta-gradient steps on a predicted recipe", **_at_least(1)),
+  "compare.direct_steps": Field(16, "meta-gradient steps of the direct learner", **_at_least(1)),
+  "compare.learning_rate": Field(0.3, "of the direct learner's outer Adam", **_above(0)),
+  "checkpoint_every": Field(20, "steps between checkpoints", **_at_least(1)),
+  "evaluate.num_rows": Field(64, "test rows an ability's loss is taken over, at most", **_at_least(1)),
+  "evaluate.num_generated": Field(32, "test prompts answered for exact match; 0 is none", **_at_least(0)),
+  "evaluate.max_new_tokens": Field(32, "length of an answer, at most", **_at_least(1)),
+}
