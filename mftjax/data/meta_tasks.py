@@ -1,0 +1,198 @@
+"""Meta-tasks as arrays: which pools of rows a task trains on, and what its abilities are made of.
+
+Every task of a `Pools` has the same shapes, absent sources and abilities being masked, so that one program runs many.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mftjax import errors
+from mftjax.data import codebooks, sources, tokens
+
+# Families of abilities: a meta-learner that is trained on the first never sees the last.
+FAMILIES: dict[str, tuple[str, ...]] = {
+  "train": codebooks.NAMES[:12],
+  "validation": codebooks.NAMES[12:16],
+  "unseen": codebooks.NAMES[16:],
+}
+_REDUNDANT_EXAMPLES = 160  # before `sources` keeps one of 32 of them: 5 distinct examples, repeated
+NUM_PLANTED = 4  # sources of a planted task: each gives its own answer to the same prompts
+
+
+@flax.struct.dataclass
+class Pools:
+  """Rows on the device, in pools; all pools are equally large."""
+
+  train: dict[str, jax.Array]  # fields of a Batch's rows, each [num_pools, num_rows, length]
+  validation: dict[str, jax.Array]  # likewise, of each clean pool: what recipes are chosen by
+  test: dict[str, jax.Array]  # likewise: what they are judged by
+  names: tuple[str, ...] = flax.struct.field(pytree_node=False)  # "suite/kind" of each train pool
+  ability_names: tuple[str, ...] = flax.struct.field(pytree_node=False)  # suite of each held-out pool
+
+
+@flax.struct.dataclass
+class MetaTask:
+  """One task, or with a leading axis many."""
+
+  source: jax.Array  # [max_sources] int32, train pool
+  source_mask: jax.Array  # [max_sources] f32, 0 = absent
+  ability: jax.Array  # [max_abilities, num_held_out_pools] f32, what each ability's rows are drawn from; sum 1
+  ability_weight: jax.Array  # [max_abilities] f32, sum 1; 0 = absent
+  budget: jax.Array  # f32, part of the largest budget
+  is_corrupted: jax.Array  # [max_sources] f32, for judging only
+  planted: jax.Array  # [max_sources] f32, the mixture that is best, for judging only; zeros where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What the tasks of one program have in common."""
+
+  max_sources: int = 6
+  max_abilities: int = 3
+  min_budget: float = 0.5
+
+
+def stack(tasks: Sequence[MetaTask]) -> MetaTask:
+  """Tasks with a leading axis."""
+  return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *tasks)
+
+
+def sample(
+  pools: Pools, families: str, num_tasks: int, seed: int, shape: Shape = Shape(), planted_fraction: float = 0.0
+) -> MetaTask:
+  """Random tasks of one split of the families, `[num_tasks, ...]`.
+
+  Of each ability there is a clean source, in one case of four a redundant one in its place; then, at random, corrupted
+  sources of the same suites and clean ones of other suites of the split, up to `max_sources`. The abilities weigh
+  alike or, in half of the tasks, by a draw from a flat Dirichlet distribution. A planted task has the planted sources
+  and one ability which is a mixture of them, drawn likewise: that mixture is the best to train on, since the
+  cross-entropy of answers is least at their own distribution.
+
+  Args:
+    families: "train", "validation" or "unseen".
+    seed: of the tasks; another seed, other tasks.
+    planted_fraction: part of the tasks that are planted.
+
+  Raises:
+    InputError: no such split, or fewer than one task.
+  """
+  if families not in FAMILIES:
+    raise errors.unknown_name("split of the families", families, FAMILIES)
+  if num_tasks < 1:
+    raise errors.InputError(f"num_tasks = {num_tasks} must be at least 1.")
+  if shape.max_sources < NUM_PLANTED or shape.max_sources < 2:
+    raise errors.InputError(f"max_sources = {shape.max_sources} must be at least {NUM_PLANTED}.")
+  rng = np.random.default_rng([seed, list(FAMILIES).index(families)])
+  num_planted = round(planted_fraction * num_tasks)
+  made = [_planted_task(rng, pools, shape) for _ in range(num_planted)]
+  made += [_ordinary_task(rng, pools, shape, FAMILIES[families]) for _ in range(num_tasks - num_planted)]
+  return stack([made[i] for i in rng.permutation(num_tasks)])
+
+
+def _ordinary_task(rng: np.random.Generator, pools: Pools, shape: Shape, suites: Sequence[str]) -> MetaTask:
+  num_abilities = int(rng.integers(1, min(shape.max_abilities, len(suites)) + 1))
+  chosen = [str(suite) for suite in rng.permutation(suites)]
+  wanted, others = chosen[:num_abilities], chosen[num_abilities:]
+  names = [f"{suite}/{'redundant' if rng.random() < 0.25 else 'clean'}" for suite in wanted]
+  distractors = [f"{suite}/corrupted" for suite in wanted] + [f"{suite}/clean" for suite in others]
+  room = shape.max_sources - len(names)
+  number = int(rng.integers(1, min(room, len(distractors)) + 1))
+  names += [str(name) for name in rng.permutation(distractors)[:number]]
+  names = [str(name) for name in rng.permutation(names)]
+  abilities_of = np.zeros((num_abilities, len(pools.ability_names)))
+  for number, suite in enumerate(wanted):
+    abilities_of[number, pools.ability_names.index(suite)] = 1.0
+  is_even = rng.random() < 0.5
+  weights = np.full(num_abilities, 1 / num_abilities) if is_even else rng.dirichlet(np.ones(num_abilities))
+  return _task(rng, pools, shape, names, abilities_of, np.maximum(weights, 0.02), np.zeros(len(names)))
+
+
+def _planted_task(rng: np.random.Generator, pools: Pools, shape: Shape) -> MetaTask:
+  order = rng.permutation(NUM_PLANTED)
+  best = rng.dirichlet(np.ones(NUM_PLANTED))
+  ability = np.zeros((1, len(pools.ability_names)))
+  for weight, answer in zip(best, order, strict=True):
+    ability[0, pools.ability_names.index(f"planted/{answer}")] = weight
+  return _task(rng, pools, shape, [f"planted/{answer}" for answer in order], ability, np.ones(1), best)
+
+
+def _task(
+  rng: np.random.Generator,
+  pools: Pools,
+  shape: Shape,
+  names: Sequence[str],
+  abilities_of: np.ndarray,
+  weights: np.ndarray,
+  planted: np.ndarray,
+) -> MetaTask:
+  """Filled up to the shape with absent sources and abilities."""
+  missing = shape.max_sources - len(names)
+  unweighted = shape.max_abilities - len(weights)
+  padded = np.concatenate([abilities_of, np.repeat(abilities_of[:1], unweighted, axis=0)])
+  return MetaTask(
+    source=np.asarray([pools.names.index(name) for name in names] + [0] * missing, np.int32),
+    source_mask=np.asarray([1.0] * len(names) + [0.0] * missing, np.float32),
+    ability=padded.astype(np.float32),
+    ability_weight=np.pad(weights / weights.sum(), (0, unweighted)).astype(np.float32),
+    budget=np.float32(rng.uniform(shape.min_budget, 1.0)),
+    is_corrupted=np.asarray([float(name.endswith("/corrupted")) for name in names] + [0.0] * missing, np.float32),
+    planted=np.pad(planted, (0, missing)).astype(np.float32),
+  )
+
+
+def build_pools(length: int, num_rows: int, seed: int) -> Pools:
+  """Pools of every code and of the planted family.
+
+  Args:
+    length: tokens in a row.
+    num_rows: rows of each pool.
+    seed: of the examples.
+  """
+  tokenizer = tokens.char_tokenizer()
+  num_examples = 6 * num_rows  # as many as stand in so many rows, or nearly
+  suites = [suite for part in FAMILIES.values() for suite in part]
+
+  def rows(examples, corruption="none"):
+    spec = {"examples": examples, "corruption": corruption, "seed": seed}
+    return sources.load_rows(spec, tokenizer, length, where="procedural examples")
+
+  train: dict[str, tokens.Rows] = {}
+  held_out: dict[str, dict[str, tokens.Rows]] = {"validation": {}, "test": {}}
+  for suite in suites:
+    examples = codebooks.generate(suite, num_examples, seed, "train")
+    train[f"{suite}/clean"] = rows(examples)
+    train[f"{suite}/redundant"] = rows(examples[:_REDUNDANT_EXAMPLES], "redundant")
+    train[f"{suite}/corrupted"] = rows(examples, "shuffle")
+    for part, found in held_out.items():
+      found[suite] = rows(codebooks.generate(suite, num_examples, seed, part))
+  for answer in range(NUM_PLANTED):
+    train[f"planted/{answer}"] = rows(_planted(answer, num_examples, [seed, 0, answer]))
+    for number, found in enumerate(held_out.values()):
+      found[f"planted/{answer}"] = rows(_planted(answer, num_examples, [seed, 1 + number, answer]))
+  return Pools(
+    train=_fields(train, num_rows),
+    validation=_fields(held_out["validation"], num_rows),
+    test=_fields(held_out["test"], num_rows),
+    names=tuple(train),
+    ability_names=tuple(held_out["test"]),
+  )
+
+
+def _planted(answer: int, num_examples: int, seed: Sequence[int]) -> list[dict[str, str]]:
+  """Prompts that are alike in every planted source, and this source's answer to all of them."""
+  letters = np.random.default_rng(list(seed)).choice(list("qwxyz"), size=num_examples)
+  return [{"prompt": f"?{letter}:", "completion": "abcdefgh"[answer]} for letter in letters]
+
+
+def _fields(pools: Mapping[str, tokens.Rows], num_rows: int) -> dict[str, jax.Array]:
+  """The pools' first rows stacked; a pool with fewer repeats its own."""
+  found = {}
+  for name in ("tokens", "loss_mask", "segment_ids", "positions"):
+    arrays = [getattr(rows, name) for rows in pools.values()]
+    found[name] = jnp.asarray(np.stack([array[np.arange(num_rows) % len(array)] for array in arrays]))
+  return found

@@ -1,0 +1,204 @@
+"""Programs that fine-tune a small model on many meta-tasks at once, and differentiate those runs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mftjax import metagrad, sft, spaces, types
+from mftjax.data import meta_tasks
+
+_ABSENT = -30.0  # logit of a source that is not there: its weight is 1e-13 and its gradient nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What all fine-tuning runs have in common."""
+
+  num_steps: int  # at the largest budget
+  batch_size: int  # rows
+  validation_rows: int  # held-out rows of each ability that a recipe is chosen by
+  test_rows: int  # and judged by
+  uniform_fraction: float = 0.5  # of the proposal, when a run is differentiated
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model taken apart: `apply(params, batch) -> logits`."""
+
+  graphdef: Any
+  params: Any
+
+  def apply(self, params: Any, batch: types.Batch) -> jax.Array:
+    return nnx.merge(self.graphdef, params)(batch.tokens, batch.segment_ids, batch.positions)
+
+  def embed(self, params: Any, batch: types.Batch) -> jax.Array:
+    return nnx.merge(self.graphdef, params).embed(batch.tokens)
+
+
+def masked_logits(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:
+  """`[max_sources]` logits whose softmax gives absent sources nothing."""
+  return jnp.where(source_mask > 0, mixture_logits, _ABSENT)
+
+
+def mixture(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:
+  """`[max_sources]` weights, 0 for absent sources."""
+  weights = jax.nn.softmax(masked_logits(mixture_logits, source_mask)) * source_mask
+  return weights / weights.sum()
+
+
+def draw(
+  pools: meta_tasks.Pools, task: meta_tasks.MetaTask, proposal: jax.Array, key: jax.Array, num_steps: int, size: int
+) -> types.Batch:
+  """Batches `[num_steps, size, ...]` of the task's sources, each source's count nearest to the proposal's."""
+  offset_key, row_key, order_key = jax.random.split(key, 3)
+  ends = jnp.cumsum(proposal) / proposal.sum()
+  # Systematic resampling over the whole run: counts of a batch are never a row or more away from their mean.
+  points = (jnp.arange(size) + jax.random.uniform(offset_key, (num_steps, 1))) / size
+  source = jnp.minimum(jnp.searchsorted(ends, points, side="right"), len(ends) - 1)
+  source = jax.random.permutation(order_key, source, axis=1, independent=True)
+  pool = task.source[source]
+  row = jax.random.randint(row_key, pool.shape, 0, pools.train["tokens"].shape[1])
+  fields = {name: values[pool, row] for name, values in pools.train.items()}
+  return types.Batch(**fields, source=source.astype(jnp.int32), proposal=proposal[source])
+
+
+def held_out(rows: Mapping[str, jax.Array], task: meta_tasks.MetaTask, num_rows: int) -> types.Batch:
+  """`[max_abilities * num_rows, ...]` rows, `num_rows` of each ability in the very proportions of its pools."""
+  ends = jnp.cumsum(task.ability, axis=1)
+  points = (jnp.arange(num_rows) + 0.5) / num_rows
+  pool = jax.vmap(lambda end: jnp.searchsorted(end, points * end[-1]))(ends)  # [max_abilities, num_rows]
+  pool = jnp.minimum(pool, task.ability.shape[1] - 1)
+  row = jnp.arange(num_rows) % rows["tokens"].shape[1]
+  fields = {name: values[pool, row].reshape(-1, values.shape[-1]) for name, values in rows.items()}
+  ability = jnp.repeat(jnp.arange(len(pool)), num_rows)
+  return types.Batch(**fields, source=ability, proposal=jnp.ones(ability.shape))
+
+
+def ability_losses(model: Model, params: Any, batch: types.Batch, num_abilities: int) -> jax.Array:
+  """`[num_abilities]` mean over the rows of each, nats per target token."""
+  losses, _ = sft.row_losses(model.apply(params, batch), batch)
+  return sft.source_means(losses, batch, num_abilities)
+
+
+def problem(
+  model: Model,
+  run: Run,
+  space: spaces.Space,
+  fixed: Mapping[str, float],
+  task: meta_tasks.MetaTask,
+  objective: Callable,
+) -> metagrad.Problem:
+  """A meta-task's bilevel problem: its meta-parameters are a recipe, `{hyperparameters, mixture_logits}` unconstrained.
+
+  Args:
+    objective: `[max_abilities]` losses -> scalar.
+  """
+  apply = lambda params, memory, batch: model.apply(params, batch)
+  hyperparameters = lambda recipe: {**fixed, **space.constrain(recipe["hyperparameters"])}
+
+  def inner_loss(params, recipe, batch, rng):
+    logits = masked_logits(recipe["mixture_logits"], task.source_mask)
+    values = {"mixture_logits": logits, "memory": None}
+    return sft.inner_loss(apply, params, values, batch, hyperparameters(recipe))
+
+  def outer_loss(params, recipe, batch, rng):
+    losses = ability_losses(model, params, batch, len(task.ability_weight))
+    return objective(losses), losses
+
+  def optimizer(recipe):
+    values = {**hyperparameters(recipe), "stop_fraction": task.budget}
+    return sft.optimizer(values, run.num_steps, largest_batch=run.batch_size)
+
+  return metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
+
+
+def value_and_grad(
+  model: Model,
+  run: Run,
+  space: spaces.Space,
+  fixed: Mapping[str, float],
+  pools: meta_tasks.Pools,
+  method: str = "mixed",
+) -> Callable:
+  """`(recipe, task, objective_fn(losses) , key) -> (loss, grad, ability losses)` of one whole run from the base model.
+
+  The run is differentiated over its whole horizon, so nothing is truncated.
+  """
+
+  def call(recipe, task, objective, key):
+    built = problem(model, run, space, fixed, task, objective)
+    data_key, run_key = jax.random.split(key)
+    weights = jax.lax.stop_gradient(mixture(recipe["mixture_logits"], task.source_mask))
+    uniform = task.source_mask / task.source_mask.sum()
+    proposal = (1 - run.uniform_fraction) * weights + run.uniform_fraction * uniform
+    batches = draw(pools, task, proposal, data_key, run.num_steps, run.batch_size)
+    outer = held_out(pools.validation, task, run.validation_rows)
+    state = metagrad.init(built, recipe, model.params)
+    out = metagrad.value_and_grad(built, method)(recipe, state, batches, outer, run_key)
+    grad = jax.tree.map(lambda g: jnp.where(out.metrics["is_finite"], g, 0.0), out.grad)
+    return out.loss, grad, out.metrics["aux"]
+
+  return call
+
+
+def outcome(
+  model: Model,
+  run: Run,
+  fixed: Mapping[str, float],
+  pools: meta_tasks.Pools,
+  measured: Mapping[str, jax.Array],
+  num_rows: int,
+) -> Callable:
+  """`(values, weights, task, key) -> [max_abilities]` losses after an ordinary run.
+
+  Rows are drawn from the mixture itself, as `finetune` does. `values` are constrained hyperparameters, `weights`
+  `[max_sources]` the mixture, and `task.budget` is the part of the run that is trained.
+
+  Args:
+    measured: held-out rows that the losses are taken on, `num_rows` of each ability.
+  """
+  apply = lambda params, memory, batch: model.apply(params, batch)
+
+  def call(values, weights, task, key):
+    weights = weights * task.source_mask
+    weights = weights / weights.sum()
+    batches = draw(pools, task, weights, key, run.num_steps, run.batch_size)
+    # Equal logits over a uniform proposal: every row has the importance weight 1.
+    batches = batches.replace(proposal=jnp.full_like(batches.proposal, 1 / len(weights)))
+    constant = {"mixture_logits": jnp.zeros_like(weights), "memory": None}
+    all_values = {**fixed, **values, "stop_fraction": task.budget}
+
+    def inner_loss(params, meta_params, batch, rng):
+      return sft.inner_loss(apply, params, constant, batch, all_values)
+
+    optimizer = lambda _: sft.optimizer(all_values, run.num_steps, largest_batch=run.batch_size)
+    built = metagrad.Problem(inner_loss, inner_loss, optimizer)
+    state = metagrad.init(built, None, model.params)
+    state, _ = metagrad.run(built, None, state, batches, jax.random.split(key, run.num_steps))
+    return ability_losses(model, state.params, held_out(measured, task, num_rows), len(task.ability_weight))
+
+  return call
+
+
+def mapped(fn: Callable, batch_size: int) -> Callable:
+  """`fn` over the leading axis of all its arguments, `batch_size` at once; compiled once for any number of that many.
+
+  The last batch is filled up with copies, so that no number of tasks compiles anew.
+  """
+  jitted = jax.jit(jax.vmap(fn))
+  take = lambda index, tree: jax.tree.map(lambda x: x[index], tree)
+
+  @functools.wraps(fn)
+  def call(*args):
+    count = len(jax.tree.leaves(args)[0])
+    places = [np.arange(start, start + batch_size) for start in range(0, count, batch_size)]
+    parts = [jitted(*take(np.minimum(place, count - 1), args)) for place in places]
+    return take(np.arange(count), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
+
+  return call
