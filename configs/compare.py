@@ -20,9 +20,11 @@ def get_config(variant="small"):
   config.model.hidden_size = 32
   config.model.num_layers = 1
   config.model.num_heads = 2
-  config_lib.learned("learning_rate", config, 1e-4, 2e-2)
+  config_lib.learned("learning_rate", config, 1e-4, 2e-2, value=3e-3)
   config_lib.learned("weight_decay", config, 1e-4, 1.0)
   del config.hyperparameters["b1"]
+  config.tasks.base_steps = 4000
+  config.tasks.validation_rows = 64
   config.meta.outer_steps = 200
   config.checkpoint_every = 50
   if variant == "tiny":

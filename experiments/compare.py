@@ -6,7 +6,7 @@ python -m experiments.compare --config=configs/compare.py:small --workdir=runs/c
 import rich
 import rich.table
 
-from mftjax import command
+from mftjax import command, report
 from mftjax.loops import compare
 
 
@@ -23,6 +23,7 @@ def main(config, workdir):
   rich.print(table)
   print(f"90 % intervals of the prediction cover {100 * found['coverage']:.1f} % of outcomes")
   print(f"meta-training: {found['meta_training_runs']} differentiated runs\nfigures: {workdir / 'compare.json'}")
+  print(f"report: {report.write_comparison(workdir)}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Learn a task's hyperparameters and mixture by differentiating its fine-tuning run.
+"""Learn a task's hyperparameters and mixture by differentiating its fine-tuning run, or a network that predicts them.
 
 python -m experiments.meta_train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from mftjax import command
-from mftjax.loops import meta_train
+from mftjax.loops import meta_learn, meta_train
+
+LEARNERS = {"direct": meta_train.meta_train, "meta": meta_learn.meta_learn}
 
 
 def main(config, workdir):
-  meta_train.meta_train(config, workdir)
+  LEARNERS[config.learner.kind](config, workdir)
   print(f"checkpoints: {workdir / 'checkpoints'}")
 
 

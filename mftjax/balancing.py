@@ -228,6 +228,8 @@ BALANCERS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
   "pcgrad": pcgrad,
 }
 
+WORDS = ("none", "mgda", "pcgrad", "famo")  # of a config; "none" is the gradient of its objective
+
 
 def balance(name: str, gradients: Any, weights: jax.Array, key: jax.Array) -> Any:
   """One direction out of the abilities' gradients.

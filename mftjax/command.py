@@ -13,7 +13,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mftjax import config as config_lib
-from mftjax import errors
+from mftjax import errors, files
 
 # It would say at each start that torch is missing, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -63,8 +63,22 @@ def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
     raise errors.InputError(f"Unexpected arguments: {' '.join(rest)}.")
   if config is None or _WORKDIR.value is None:
     raise errors.InputError("Give --config=configs/X.py[:variant] and --workdir=DIR.")
-  config_lib.check(config)
+  config_lib.check(loaded(config, "config"))
   return config, pathlib.Path(_WORKDIR.value).absolute()
+
+
+def loaded(config: ml_collections.ConfigDict, flag: str) -> ml_collections.ConfigDict:
+  """The config of a flag, as given.
+
+  Raises:
+    InputError: there is no such file, which `config_flags` says only when the config is read.
+  """
+  try:
+    config.keys()
+  except OSError as error:
+    reason = " ".join(str(error).rpartition("failure to load: ")[2].split())
+    raise errors.InputError(f"--{flag}: {reason}") from error
+  return config
 
 
 def _use_compilation_cache(folder: str) -> None:
@@ -85,10 +99,7 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
   if path.exists():
     check_workdir(config, workdir)
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".json.part")
-  part.write_text(json.dumps(mine, indent=2) + "\n")
-  os.replace(part, path)
+  files.write_json(path, mine)
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from mftjax import errors, metagrad, sft, spaces
+from mftjax import errors, metagrad, objectives, sft, spaces
 from mftjax.fields import FIELDS
 
 SOURCE_HELP = {
@@ -46,9 +46,10 @@ def default() -> ml_collections.ConfigDict:
   """A config with every field at its default and no sources or abilities yet.
 
   `config.sources` maps a name to where its examples are read from; `config.abilities` likewise, where
-  `split` is what meta-training looks at, `test_split` (and `test_path`) what `evaluate` does, and `weight`
-  (default 1) the ability's part in the objective. `config.hyperparameters` maps a name to
-  `{value, low, high, scale, learn, conditioned}`, with `values` in place of the bounds for the scale "ordered".
+  `split` is what meta-training looks at, `test_split` (and `test_path`) what `evaluate` does, `weight` (default 1)
+  the ability's part in the objective, and `reference` the loss that it is measured against.
+  `config.hyperparameters` maps a name to `{value, low, high, scale, learn, conditioned}`, with `values` in place of the
+  bounds for the scale "ordered".
   """
   config = ml_collections.ConfigDict()
   for name, field in FIELDS.items():
@@ -90,7 +91,9 @@ def help_text() -> str:
     f"  --config.hyperparameters.NAME.{{{','.join(HYPERPARAMETER_HELP)}}}, NAME one of: {', '.join(sft.NAMES)}"
   )
   lines += [f"        {name}: {text}" for name, text in HYPERPARAMETER_HELP.items()]
-  lines.append("  --config.sources.NAME.FIELD, --config.abilities.NAME.FIELD (also test_path, test_split, weight):")
+  lines.append(
+    "  --config.sources.NAME.FIELD, --config.abilities.NAME.FIELD (also test_path, test_split, weight, reference):"
+  )
   lines += [f"        {name}: {text}" for name, text in SOURCE_HELP.items()]
   return "\n".join(lines)
 
@@ -119,9 +122,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       is_right = False
     if not is_right:
       raise errors.InputError(f"config.{name} = {value!r} is out of its range: {field.allowed}.")
-  for section in ("sources", "abilities"):
-    if not config.get(section) and config.learner.kind == "direct":
-      raise errors.InputError(f"config.{section} is empty: name at least one.")
+  if config.learner.kind == "direct":
+    need_sources(config)
   for name, spec in config.abilities.items():
     if not spec.get("weight", 1.0) >= 0:
       raise errors.InputError(f"config.abilities.{name}.weight = {spec.weight} must be at least 0.")
@@ -137,11 +139,19 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"config.batch_size = {config.batch_size} does not divide into config.micro_batches = {config.micro_batches}."
     )
   method_options(config)
+  _check_objective(config)
   for name, spec in config.hyperparameters.items():
     _check_hyperparameter(config, name, spec)
   if config.learner.kind == "direct" and not space(config).spaces and len(config.sources) < 2:
     raise errors.InputError("Nothing to learn: one source, and no hyperparameter with learn=True.")
   space(config).init(initial_hyperparameters(config))
+
+
+def need_sources(config: ml_collections.ConfigDict) -> None:
+  """Raise `InputError` if the config names no source or no ability, which only `learner.kind = "meta"` goes without."""
+  for section in ("sources", "abilities"):
+    if not config.get(section):
+      raise errors.InputError(f"config.{section} is empty: name at least one.")
 
 
 def _check_hyperparameter(config: ml_collections.ConfigDict, name: str, spec: ml_collections.ConfigDict) -> None:
@@ -187,6 +197,85 @@ def method_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   if "recovery" in known:
     metagrad.recovery.Options(**{name: value for name, value in options.items() if name != "central"})
   return options
+
+
+def _check_objective(config: ml_collections.ConfigDict) -> None:
+  """Raise `InputError` if fields of the objective do not go together, with the learner or with the abilities."""
+  objective = config.objective
+  objective_options(config)
+  if config.learner.kind == "meta":
+    asked = {
+      "objective.name": objective.name in objectives.STATEFUL,
+      "objective.balancing": objective.balancing != "none",
+      "objective.preference": bool(objective.preference),
+      "objective.reference": bool(objective.reference),
+      "mixture.knots": config.mixture.knots > 1,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+      value = flatten(config)[name]
+      raise errors.InputError(f"config.{name} = {value!r} needs config.learner.kind = 'direct'.")
+    return
+  if objective.balancing != "none" and objective.name != "mean":
+    raise errors.InputError(
+      f"config.objective.balancing = {objective.balancing!r} weighs the abilities itself, which leaves no place for "
+      f"config.objective.name = {objective.name!r}: take 'mean'."
+    )
+  names = sorted(config.abilities)
+  weights = [float(config.abilities[name].get("weight", 1.0)) for name in names]
+  if objective.preference:
+    _check_preference(config, weights)
+  given = [name for name in names if "reference" in config.abilities[name]]
+  for name in given:
+    value = config.abilities[name].reference
+    if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value)):
+      raise errors.InputError(f"config.abilities.{name}.reference = {value!r} must be a finite loss in nats.")
+  if objective.name not in objectives.NEED_REFERENCE:
+    for field in ["objective.reference"] if objective.reference else [f"abilities.{name}.reference" for name in given]:
+      raise errors.InputError(f"config.{field} has no meaning for config.objective.name = {objective.name!r}.")
+  elif not objective.reference:
+    for name in (name for name, weight in zip(names, weights, strict=True) if weight > 0 and name not in given):
+      raise errors.InputError(
+        f"config.objective.name = {objective.name!r} measures each ability against a reference: set "
+        f"config.abilities.{name}.reference, a loss in nats, or config.objective.reference, an evaluation.json."
+      )
+
+
+def _check_preference(config: ml_collections.ConfigDict, weights: list[float]) -> None:
+  objective, value = config.objective, config.objective.preference
+  try:
+    preference = objectives.check_preference(value, len(weights))
+  except errors.InputError as error:
+    raise errors.InputError(f"config.objective.preference: {error}") from None
+  if objective.name in objectives.IGNORE_WEIGHTS:
+    raise errors.InputError(
+      f"config.objective.preference has no meaning for config.objective.name = {objective.name!r}."
+    )
+  if objective.balancing in ("mgda", "famo"):
+    raise errors.InputError(
+      f"config.objective.preference has no meaning for config.objective.balancing = {objective.balancing!r}."
+    )
+  if not sum(float(p) * w for p, w in zip(preference, weights, strict=True)) > 0:
+    raise errors.InputError(
+      f"config.objective.preference = {value!r} times the weights of config.abilities, {weights}, leaves no ability."
+    )
+
+
+def objective_options(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """The options that `config.objective.name`, or its balancing, has, with their values.
+
+  Raises:
+    InputError: an option that is not at its default and that neither has.
+  """
+  objective = config.objective
+  options = {**objectives.OPTIONS, **objectives.STATEFUL}
+  known = ("step_size",) if objective.balancing == "famo" else options[objective.name]
+  for name in dict.fromkeys(option for names in options.values() for option in names):
+    if name not in known and objective[name] != FIELDS[f"objective.{name}"].default:
+      raise errors.InputError(
+        f"config.objective.{name} has no meaning for config.objective.name = {objective.name!r}"
+        + (f" with config.objective.balancing = {objective.balancing!r}." if objective.balancing != "none" else ".")
+      )
+  return {name: float(objective[name]) for name in known}
 
 
 def num_steps(config: ml_collections.ConfigDict, batch_size: int | None = None) -> int:

@@ -15,22 +15,22 @@ from mftjax import matching, sft, types
 from mftjax.data import tokens
 from mftjax.errors import InputError
 
-NUM_RATES = 4  # learning rates of the probe training: how many is part of what the features mean
-
 STATIC_FEATURES: tuple[str, ...] = ("log_num_rows", "log_targets_of_all_rows", "duplicate_rate")
 _GROUP_FEATURES = ("loss", "loss_std", "log_gradient_norm", "gradient_agreement", "exact_match", "log_targets")
-_DROPS = tuple(f"loss_drop_{rate}" for rate in range(NUM_RATES))
-SOURCE_FEATURES: tuple[str, ...] = (*_GROUP_FEATURES, "loss_drop", *STATIC_FEATURES)
+SOURCE_FEATURES: tuple[str, ...] = (*_GROUP_FEATURES, "best_loss_drop", "mean_loss_drop", *STATIC_FEATURES)
 ABILITY_FEATURES: tuple[str, ...] = (
-  *(*_GROUP_FEATURES, *_DROPS),
-  *(*(f"task_{name}" for name in _DROPS), "task_match_residual", "task_log_num_sources"),
+  *(*_GROUP_FEATURES, "loss_drop"),
+  *("task_loss_drop", "task_match_residual", "task_log_num_sources"),
 )
-PAIR_FEATURES: tuple[str, ...] = ("cosine", "cosine_after", "embedding_cosine", "influence")
+PAIR_FEATURES: tuple[str, ...] = (
+  *("cosine", "cosine_after", "embedding_cosine", "influence"),
+  *("loss_drop", "loss_after"),
+)
 
-_MIDDLE = (NUM_RATES - 1) // 2  # the lower of the two in the middle: what has diverged says little about gradients
 _LOSS_FLOOR = 1e-3  # nats; a relative drop of a smaller loss is noise
 _NORM_FLOOR = 1e-8
 _BOUND = 3.0  # of ratios
+_LOSS_CEILING = 5.0  # nats; of a loss after training
 
 
 @flax.struct.dataclass
@@ -51,13 +51,13 @@ class Probe:
   """How a task is probed.
 
   Raises:
-    InputError: a count below 1, or not `NUM_RATES` learning rates in rising order.
+    InputError: a count below 1, or a learning rate that is not positive.
   """
 
-  rows: int = 32  # of each source and of each ability that are read, the first ones
-  num_steps: int = 4  # of probe training
-  learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-  batch_size: int = 2  # rows of each source in a step of probe training
+  rows: int = 8  # of each source and of each ability that are measured, the first ones
+  num_steps: int = 16  # of probe training on each ability
+  learning_rate: float = 6e-3  # of probe training
+  batch_size: int = 6  # rows in a step of probe training
   sketch_dim: int = 1024
   match_steps: int = 1000
 
@@ -65,9 +65,8 @@ class Probe:
     for name in ("rows", "num_steps", "batch_size", "sketch_dim", "match_steps"):
       if getattr(self, name) < 1:
         raise InputError(f"Probe.{name} = {getattr(self, name)!r} must be at least 1.")
-    rates = self.learning_rates
-    if len(rates) != NUM_RATES or sorted(set(rates)) != list(rates) or rates[0] <= 0:
-      raise InputError(f"Probe.learning_rates = {rates} must be {NUM_RATES} positive numbers in rising order.")
+    if not self.learning_rate > 0:
+      raise InputError(f"Probe.learning_rate = {self.learning_rate!r} must be above 0.")
 
 
 class _Half(NamedTuple):
@@ -102,9 +101,11 @@ def probe(
 ) -> Features:
   """Features of one task from a few rows of its data; pure, for `jax.jit` and `jax.vmap` over tasks.
 
+  What tells a good source from a bad one is whether a model that has learnt a little of an ability finds the source
+  easier than before: so a copy of the model is trained briefly on held-out rows of each ability.
+
   Losses are means over the rows that have a target, as SFT's are, so a group with too few rows is filled up with
-  empty ones. All rows give losses and gradients alike, from the one pass that both need. Probe training reads the
-  same rows of the sources and none of the abilities', whose losses after it are held out.
+  empty ones. All rows give losses and gradients alike, from the one pass that both need.
 
   A source's and an ability's features (`SOURCE_FEATURES`, `ABILITY_FEATURES`):
     loss, loss_std: mean and standard deviation over rows of the mean token cross-entropy, nats.
@@ -113,28 +114,31 @@ def probe(
     exact_match: share of examples whose every target is the likeliest token given the true ones before it, which are
       those that greedy decoding gets right.
     log_targets: log of the mean number of targets a row.
-    loss_drop: `1 - after / before` after probe training at the second learning rate, in [-3, 1]; of an ability at
-      each learning rate.
+    best_loss_drop, mean_loss_drop: of a source, the greatest loss_drop of its pairs, and their weighted mean.
+    loss_drop: of an ability, `1 - after / before` after training on its other rows, in [-3, 1].
     `STATIC_FEATURES`: given by the host (`static_features`).
-    task_loss_drop_i: the weighted mean over abilities of loss_drop_i.
+    task_loss_drop: the weighted mean over abilities of loss_drop.
     task_match_residual: `|match gradient - ability gradient|^2 / |ability gradient|^2`, at most 3.
     task_log_num_sources: of those present.
 
   A pair's (`PAIR_FEATURES`), s and a gradients of the mean losses:
-    cosine, cosine_after: of s and a, before and after probe training at the second learning rate.
+    cosine, cosine_after: of s and a, before and after training on the ability.
     embedding_cosine: of the mean embeddings, from which that of all groups is subtracted.
     influence: `sign(r) log(1 + |r|)` of `r = <s, a> / <a, a>`, in [-3, 3]: what a step on the source does for the
       ability, against a step on the ability itself.
+    loss_drop: `1 - after / before` of the source's loss after training on the ability, in [-3, 1].
+    loss_after: the source's loss then, nats, at most 5.
 
-  Probe training: `sft.optimizer` at a constant rate, each step on `options.batch_size` rows of each present source, in
-  the order given and round again, with equal weights. So neither the order of sources nor absent ones matter.
+  Probe training: `sft.optimizer`, on rows of the ability after the `options.rows` measured ones, in the order given
+  and round again.
 
   Args:
     apply: `(params, batch) -> [rows, length, vocab]` logits; position l predicts token l + 1.
     embed: `(params, batch) -> [rows, length, hidden]` embeddings of the tokens.
     params: pytree of floating arrays.
     source_rows: leaves `[num_sources, rows, ...]`; anything stands where a source is absent.
-    ability_rows: leaves `[num_abilities, rows, ...]` of the same length of rows.
+    ability_rows: leaves `[num_abilities, rows, ...]` of the same length of rows; where there are no more than
+      `options.rows`, the model is trained on those that are measured.
     static: `[num_sources, len(STATIC_FEATURES)]`.
     source_mask: `[num_sources]`, 0 = absent.
     ability_weight: `[num_abilities]`, at least 0, of any sum; 0 = absent.
@@ -147,6 +151,9 @@ def probe(
 
   Raises:
     InputError: `static` of another width, or rows of sources and abilities of different lengths.
+
+  Source: the loss of a source under a model of the target domain against that under a general one, Moore and Lewis
+  (2010), Section 2; here the former starts from the latter.
   """
   if static.shape[-1] != len(STATIC_FEATURES):
     raise InputError(f"static has {static.shape[-1]} features a source; it needs {', '.join(STATIC_FEATURES)}.")
@@ -155,52 +162,58 @@ def probe(
     raise InputError(f"Rows of sources and abilities are {lengths} tokens long; give rows of one length.")
   num_sources = source_rows.tokens.shape[0]
   is_source, is_ability = source_mask > 0, ability_weight > 0
-  source_rows = _present(source_rows, is_source, options.rows)
-  ability_rows = _present(ability_rows, is_ability, options.rows)
+  source_rows, ability_rows = _present(source_rows, is_source), _present(ability_rows, is_ability)
+  train_rows = _training_rows(ability_rows, options)
+  measured = lambda rows: jax.tree.map(lambda x: x[:, : options.rows], rows)
   weight = jnp.where(is_ability, ability_weight, 0.0).astype(jnp.float32)
   weight = weight / jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
   is_present = jnp.concatenate([is_source, is_ability])
-  groups = _together(source_rows, ability_rows)
-  rates = jnp.asarray(options.learning_rates, jnp.float32)
+  groups = _together(measured(source_rows), measured(ability_rows))
 
   before = _measure(apply, params, groups, is_present, key, options)
-  trained = lambda rate: _train(apply, params, source_rows, is_source, rate, options)
-  after = _measure(apply, trained(rates[_MIDDLE]), groups, is_present, key, options)
-  others = jax.lax.map(
-    lambda rate: _mean_losses(apply, trained(rate), ability_rows), rates[np.arange(NUM_RATES) != _MIDDLE]
-  )
-  loss, loss_after = before.values[:, 0], after.values[:, 0]
-  ability_losses = jnp.insert(others, _MIDDLE, loss_after[num_sources:], axis=0)  # [NUM_RATES, num_abilities]
-  drops = jax.vmap(_drop, in_axes=(None, 0), out_axes=1)(loss[num_sources:], ability_losses)
-  drops = jnp.where(is_ability[:, None], drops, 0.0)
+  loss, sketch = before.values[:, 0], before.sketch
+  of_sources = jax.tree.map(lambda x: x[:num_sources], groups)
 
-  stacked = jnp.concatenate([before.sketch, after.sketch], axis=1)
-  target = matching.product(weight, stacked[num_sources:])
-  match = matching.match_weights(stacked[:num_sources], target, source_mask, options.match_steps)
-  residual = jnp.sum((matching.product(match, stacked[:num_sources]) - target) ** 2)
+  def trained_on(ability):
+    """Losses `[num_sources + 1]` of the sources and of the ability after training on it, and the gradients' cosines."""
+    rows = jax.tree.map(lambda x: x[ability], train_rows)
+    here = jax.tree.map(lambda x, own: jnp.concatenate([x, own[num_sources + ability][None]]), of_sources, groups)
+    is_here = jnp.append(is_source, is_ability[ability])
+    after = _measure(apply, _train(apply, params, rows, options), here, is_here, key, options)
+    return after.values[:, 0], _cosines(after.sketch[:-1], after.sketch[-1:])[:, 0]
+
+  after, cosine_after = jax.lax.map(trained_on, jnp.arange(len(weight)))
+  after, cosine_after = after.T, cosine_after.T  # [num_sources + 1, num_abilities], [num_sources, num_abilities]
+  drop = jnp.where(is_ability, _drop(loss[:num_sources, None], after[:-1]), 0.0)
+  ability_drop = jnp.where(is_ability, _drop(loss[num_sources:], after[-1]), 0.0)
+  loss_after = jnp.clip(jnp.where(jnp.isfinite(after[:-1]), after[:-1], _LOSS_CEILING), 0.0, _LOSS_CEILING)
+
+  target = matching.product(weight, sketch[num_sources:])
+  match = matching.match_weights(sketch[:num_sources], target, source_mask, options.match_steps)
+  residual = jnp.sum((matching.product(match, sketch[:num_sources]) - target) ** 2)
   residual = jnp.minimum(_ratio(residual, jnp.sum(target**2)), _BOUND)
   log_num_sources = jnp.log(jnp.maximum(is_source.sum(), 1))
-  task = jnp.concatenate([matching.product(weight, drops), jnp.stack([residual, log_num_sources])])
+  task = jnp.stack([jnp.vdot(weight, ability_drop), residual, log_num_sources])
 
   centroids = _centroids(embed, params, groups, is_present)
   split = lambda x: (x[:num_sources], x[num_sources:])
-  inner = matching.product(before.sketch[:num_sources], before.sketch[num_sources:].T)
-  influence = _ratio(inner, jnp.sum(before.sketch[num_sources:] ** 2, axis=1)[None])
+  inner = matching.product(sketch[:num_sources], sketch[num_sources:].T)
+  influence = _ratio(inner, jnp.sum(sketch[num_sources:] ** 2, axis=1)[None])
   influence = jnp.clip(jnp.sign(influence) * jnp.log1p(jnp.abs(influence)), -_BOUND, _BOUND)
-  cosines = [_cosines(*split(vectors)) for vectors in (before.sketch, after.sketch, centroids)]
+  pair = [_cosines(*split(sketch)), cosine_after, _cosines(*split(centroids)), influence, drop, loss_after]
 
-  source_drop = _drop(loss[:num_sources], loss_after[:num_sources])[:, None]
-  source = jnp.concatenate([before.values[:num_sources], source_drop, static], axis=1)
-  ability = [before.values[num_sources:], drops, jnp.broadcast_to(task, (*weight.shape, *task.shape))]
+  best_drop = jnp.max(jnp.where(is_ability, drop, -_BOUND), axis=1)
+  source = jnp.concatenate([before.values[:num_sources], best_drop[:, None], (drop @ weight)[:, None], static], axis=1)
+  ability = [before.values[num_sources:], ability_drop[:, None], jnp.broadcast_to(task, (*weight.shape, *task.shape))]
   is_pair = is_source[:, None, None] & is_ability[None, :, None]
   return Features(
     source=jnp.where(is_source[:, None], source, 0.0).astype(jnp.float32),
     ability=jnp.where(is_ability[:, None], jnp.concatenate(ability, axis=1), 0.0),
-    pair=jnp.where(is_pair, jnp.stack([*cosines, influence], axis=-1), 0.0),
+    pair=jnp.where(is_pair, jnp.stack(pair, axis=-1), 0.0),
     match=match,
     source_mask=is_source.astype(jnp.float32),
     ability_weight=weight,
-    tokens=_num_tokens(source_rows, ability_rows, is_source, is_ability, options),
+    tokens=_num_tokens(groups, train_rows, is_source, is_ability),
   )
 
 
@@ -218,10 +231,17 @@ def static_features(rows: tokens.Rows) -> np.ndarray:
   return np.asarray([np.log(num_rows), log_targets, 1.0 - num_distinct / num_rows], np.float32)
 
 
-def _present(rows: types.Batch, is_present: jax.Array, num_rows: int) -> types.Batch:
-  """The first rows of each group; those of an absent one become empty, since anything may stand there."""
-  mask = lambda x: jnp.where(is_present.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-  return jax.tree.map(lambda x: mask(x[:, :num_rows]), rows)
+def _present(rows: types.Batch, is_present: jax.Array) -> types.Batch:
+  """Rows of absent groups become empty, since anything may stand there."""
+  return jax.tree.map(lambda x: jnp.where(is_present.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), rows)
+
+
+def _training_rows(ability_rows: types.Batch, options: Probe) -> types.Batch:
+  """`[num_abilities, num_steps, batch_size, ...]` rows after the measured ones in turn; all if there are no more."""
+  num_rows = ability_rows.tokens.shape[1]
+  first = options.rows if num_rows > options.rows else 0
+  index = first + np.arange(options.num_steps * options.batch_size) % (num_rows - first)
+  return jax.tree.map(lambda x: x[:, index.reshape(options.num_steps, options.batch_size)], ability_rows)
 
 
 def _together(source_rows: types.Batch, ability_rows: types.Batch) -> types.Batch:
@@ -282,41 +302,21 @@ def _exact(logits: jax.Array, rows: types.Batch) -> tuple[jax.Array, jax.Array]:
   return jnp.sum(has_target, dtype=jnp.float32), jnp.sum(has_target & ~has_wrong, dtype=jnp.float32)
 
 
-def _train(apply, params, source_rows: types.Batch, is_source: jax.Array, rate: jax.Array, options: Probe) -> Any:
-  """The parameters after the probe's steps on an equal mixture of the present sources."""
-  optimizer = sft.optimizer(
-    {"learning_rate": rate, "warmup_fraction": jnp.zeros(()), "final_fraction": jnp.ones(())}, options.num_steps
-  )
+def _train(apply, params, rows: types.Batch, options: Probe) -> Any:
+  """The parameters after a step on each `[num_steps, batch_size, ...]` batch."""
+  values = {"learning_rate": jnp.float32(options.learning_rate), "warmup_fraction": jnp.zeros(())}
+  optimizer = sft.optimizer(values, options.num_steps)
 
-  def loss(params, step):
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _step_rows(source_rows, step, options))
-    losses, num_targets = sft.row_losses(apply(params, rows), rows)
-    losses, is_row = (x.reshape(len(is_source), -1) for x in (losses, num_targets > 0))
-    means = losses.sum(axis=1) / jnp.maximum(is_row.sum(axis=1), 1.0)
-    return jnp.sum(jnp.where(is_source, means, 0.0)) / jnp.maximum(is_source.sum(), 1)
-
-  def body(carry, step):
-    params, state = carry
-    updates, state = optimizer.update(jax.grad(loss)(params, step), state, params)
-    return (optax.apply_updates(params, updates), state), None
-
-  return jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(options.num_steps))[0][0]
-
-
-def _step_rows(source_rows: types.Batch, step: jax.Array, options: Probe) -> types.Batch:
-  """`[num_sources, batch_size, ...]` rows of a step of probe training."""
-  index = (step * options.batch_size + jnp.arange(options.batch_size)) % source_rows.tokens.shape[1]
-  return jax.tree.map(lambda x: x[:, index], source_rows)
-
-
-def _mean_losses(apply, params, rows: types.Batch) -> jax.Array:
-  """`[num_groups]` mean loss over the rows with a target."""
-
-  def mean(rows):
-    losses, num_targets = sft.row_losses(apply(params, rows), rows)
+  def loss(params, batch):
+    losses, num_targets = sft.row_losses(apply(params, batch), batch)
     return losses.sum() / jnp.maximum((num_targets > 0).sum(), 1)
 
-  return jax.lax.map(mean, rows)
+  def body(carry, batch):
+    params, state = carry
+    updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  return jax.lax.scan(body, (params, optimizer.init(params)), rows)[0][0]
 
 
 def _centroids(embed, params, groups: types.Batch, is_present: jax.Array) -> jax.Array:
@@ -332,16 +332,13 @@ def _centroids(embed, params, groups: types.Batch, is_present: jax.Array) -> jax
   return jnp.where(is_present[:, None], means - centre, 0.0)
 
 
-def _num_tokens(source_rows, ability_rows, is_source, is_ability, options: Probe) -> jax.Array:
-  length = source_rows.tokens.shape[-1]
-
-  def count(rows, is_present):
-    return length * jnp.sum(is_present * (rows.segment_ids > 0).any(axis=-1).sum(axis=1), dtype=jnp.float32)
-
-  steps = jax.vmap(lambda step: count(_step_rows(source_rows, step, options), is_source))
-  trained = NUM_RATES * steps(jnp.arange(options.num_steps)).sum()
-  # Before and after training on all rows, and the abilities at the other learning rates.
-  return 2 * count(source_rows, is_source) + (NUM_RATES + 1) * count(ability_rows, is_ability) + trained
+def _num_tokens(groups, train_rows, is_source, is_ability) -> jax.Array:
+  """Of all groups before, and for each ability of its training and of the sources and itself after it."""
+  length = groups.tokens.shape[-1]
+  count = lambda rows: length * (rows.segment_ids > 0).any(axis=-1).reshape(len(rows.tokens), -1).sum(axis=1)
+  of_groups, trained = count(groups), count(train_rows)  # those of absent ones are empty
+  sources, abilities = of_groups[: len(is_source)].sum(), of_groups[len(is_source) :].sum()
+  return (sources * (1 + is_ability.sum()) + 2 * abilities + trained.sum()).astype(jnp.float32)
 
 
 def _drop(before: jax.Array, after: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mftjax import metagrad, objectives
+from mftjax import balancing, metagrad, objectives
 from mftjax.models import attention
 
 
@@ -90,7 +90,28 @@ FIELDS: dict[str, Field] = {
     "above 0, at most 1",
   ),
   "meta.max_skipped": Field(10, "non-finite outer steps in a row that stop the run", **_at_least(1)),
-  "objective.name": Field("mean", "what the outer step lowers", **_one_of(*objectives.OBJECTIVES)),
+  "objective.name": Field("mean", "what the outer step lowers", **_one_of(*objectives.NAMES)),
+  "objective.temperature": Field(0.1, "of the smooth maximum (worst, worst_normalised)", **_above(0)),
+  "objective.fraction": Field(
+    0.5, "share of the abilities' weight, the worst ones (cvar)", lambda value: 0 < value <= 1, "above 0, at most 1"
+  ),
+  "objective.floor": Field(0.1, "improvement below which the logarithm goes on as a line (nash)", **_above(0)),
+  "objective.minimum_gain": Field(0.05, "nats, least unit of an improvement (normalised objectives)", **_above(0)),
+  "objective.tolerance": Field(0.0, "nats that an ability may lose against the base model (retention)", **_at_least(0)),
+  "objective.penalty": Field(1.0, "of the quadratic term; 0 is the plain Lagrangian (retention)", **_at_least(0)),
+  "objective.step_size": Field(
+    0.1, "of the weights (group_dro), the multipliers (retention), the logits (balancing famo)", **_above(0)
+  ),
+  "objective.preference": Field((), "weights of the abilities, in the order of their names, sum 1; () is none"),
+  "objective.reference": Field(
+    "", "evaluation.json whose lowest loss of an ability is its reference, unless config.abilities.NAME.reference is"
+  ),
+  "objective.balancing": Field(
+    "none",
+    "how the abilities' gradients are combined; mgda and pcgrad take a meta-gradient for each ability",
+    **_one_of(*balancing.WORDS),
+  ),
+  "mixture.knots": Field(1, "moments of the run at which the mixture is learned; 1 keeps it fixed", **_at_least(1)),
   "learner.kind": Field(
     "direct", "direct: one task's own recipe; meta: a network that predicts it", **_one_of("direct", "meta")
   ),
@@ -111,10 +132,11 @@ FIELDS: dict[str, Field] = {
   "tasks.pool_rows": Field(128, "rows of each pool that meta-tasks draw from", **_at_least(4)),
   "tasks.validation_rows": Field(32, "rows of each ability that recipes are chosen by", **_at_least(1)),
   "tasks.test_rows": Field(128, "rows of each ability that recipes are judged by", **_at_least(1)),
-  "tasks.base_steps": Field(100, "steps that the small base model is trained for on all suites", **_at_least(1)),
-  "probe.rows": Field(16, "rows of each source and ability that the probe reads", **_at_least(1)),
-  "probe.num_steps": Field(4, "steps of the probe's training", **_at_least(1)),
-  "probe.batch_size": Field(1, "rows of each source in such a step", **_at_least(1)),
+  "tasks.base_steps": Field(100, "steps that the small base model is trained for", **_at_least(1)),
+  "probe.rows": Field(8, "rows of each source and ability that the probe measures", **_at_least(1)),
+  "probe.num_steps": Field(16, "steps of the probe's training on each ability", **_at_least(1)),
+  "probe.batch_size": Field(6, "rows of the ability in such a step", **_at_least(1)),
+  "probe.learning_rate": Field(6e-3, "of the probe's training", **_above(0)),
   "compare.num_tasks": Field(20, "unseen tasks", **_at_least(1)),
   "compare.num_seeds": Field(5, "seeds of each", **_at_least(1)),
   "compare.num_trials": Field(50, "trials of each search", **_at_least(9)),
@@ -123,7 +145,9 @@ FIELDS: dict[str, Field] = {
   "compare.direct_steps": Field(16, "meta-gradient steps of the direct learner", **_at_least(1)),
   "compare.learning_rate": Field(0.3, "of the direct learner's outer Adam", **_above(0)),
   "checkpoint_every": Field(20, "steps between checkpoints", **_at_least(1)),
-  "evaluate.num_rows": Field(64, "test rows an ability's loss is taken over, at most", **_at_least(1)),
+  "evaluate.num_rows": Field(
+    64, "rows an ability's loss is taken over, at most; also for the base model's in the objective", **_at_least(1)
+  ),
   "evaluate.num_generated": Field(32, "test prompts answered for exact match; 0 is none", **_at_least(0)),
   "evaluate.max_new_tokens": Field(32, "length of an answer, at most", **_at_least(1)),
 }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mftjax import errors, features
+from mftjax import errors, features, sft
 
 _SMALLEST_MATCH = 1e-3  # weights of gradient matching below this count as this
 _RANGE = 4.0  # normalised features are clipped here: an unseen family must not throw the network far out
@@ -67,7 +67,7 @@ class MetaLearner(nnx.Module):
     self.mixture_head = zero(width, 1)
     self.heads = nnx.data({name: zero(width, int(np.size(initial[name]))) for name in self.names if name not in shared})
     self.offsets = nnx.data({name: nnx.Param(jnp.zeros_like(jnp.asarray(initial[name]))) for name in self.names})
-    self.match_gain = nnx.Param(jnp.asarray(0.5))
+    self.match_gain = nnx.Param(jnp.asarray(0.5, jnp.float32))
     self.outcome_in, self.outcome_head = dense(2 * width, width), zero(width, 2)
 
   def __call__(self, task: features.Features) -> Prediction:
@@ -102,13 +102,15 @@ class MetaLearner(nnx.Module):
       hyperparameters[name] = (
         value if name in self.shared else value + jnp.asarray(self.heads[name](whole)).reshape(value.shape)
       )
-    context = jnp.broadcast_to(whole, by_ability.shape)
+    # The likelihood's gradient is now and then a thousand times the meta-gradient: it must not reach the shared layers.
+    context = jax.lax.stop_gradient(jnp.broadcast_to(whole, by_ability.shape))
+    by_ability = jax.lax.stop_gradient(by_ability)
     outcome = jnp.asarray(self.outcome_head(nnx.silu(self.outcome_in(jnp.concatenate([by_ability, context], axis=-1)))))
     return Prediction(
       hyperparameters=hyperparameters,
-      mixture_logits=jnp.where(is_source > 0, logits, -30.0),
+      mixture_logits=sft.masked_logits(logits, is_source),
       loss_ratio=outcome[:, 0],
-      log_spread=jnp.clip(outcome[:, 1], -5.0, 2.0) - 2.0,
+      log_spread=jnp.clip(outcome[:, 1] - 1.0, -3.0, 1.0),
     )
 
   def fit_normaliser(self, tasks: features.Features) -> None:
@@ -128,6 +130,11 @@ def _pooled(each: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Mean and maximum over the present of `[num, width]`."""
   mean = (each * mask[:, None]).sum(axis=0) / jnp.maximum(mask.sum(), 1.0)
   return mean, jnp.max(jnp.where(mask[:, None] > 0, each, -jnp.inf), axis=0)
+
+
+def log_ratio(loss: jax.Array, base: jax.Array) -> jax.Array:
+  """log(loss / base), both floored at 1e-6 nats: what `Prediction.loss_ratio` predicts."""
+  return jnp.log(jnp.maximum(loss, 1e-6) / jnp.maximum(base, 1e-6))
 
 
 def outcome_loss(prediction: Prediction, log_ratio: jax.Array, ability_weight: jax.Array) -> jax.Array:

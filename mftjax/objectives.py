@@ -292,6 +292,18 @@ OPTIONS: dict[str, tuple[str, ...]] = {
   "worst_normalised": ("temperature", "minimum_gain"),
 }
 
+# Besides OBJECTIVES, those that carry a state from one outer step to the next, with their options.
+STATEFUL: dict[str, tuple[str, ...]] = {
+  "group_dro": ("step_size",),
+  "retention": ("tolerance", "step_size", "penalty"),
+}
+
+NAMES = (*OBJECTIVES, *STATEFUL)
+NEED_BASE = ("normalised", "nash", "worst_normalised", "retention")
+NEED_REFERENCE = ("excess", "normalised", "nash", "worst_normalised")
+# Of an ability's weight these read only whether it is above 0.
+IGNORE_WEIGHTS = ("worst", "worst_normalised", "group_dro")
+
 
 def build(name: str, **options: float) -> Objective:
   """The objective of that name with its options set.

@@ -1,71 +1,25 @@
 """A recipe: hyperparameters and data mixture of one fine-tuning run, as a JSON file any trainer can use."""
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from absl import logging
 
+from mftjax import exporters, files
 from mftjax.errors import InputError, unknown_name
 
 FORMAT = "mftjax-recipe/1"
 _KEYS = ("format", "task", "model", "hyperparameters", "mixture", "predicted", "provenance")
+FORMATS = exporters.FORMATS
 _SUM_TOLERANCE = 1e-3
 _PACKAGES = ("mftjax", "jax", "flax", "optax")
-
-# What each trainer calls our hyperparameters. Those left out of a row are reported as not exported.
-_TRANSFORMERS_NAMES = {
-  "learning_rate": "learning_rate",
-  "weight_decay": "weight_decay",
-  "b1": "adam_beta1",
-  "b2": "adam_beta2",
-  "eps": "adam_epsilon",
-  "warmup_fraction": "warmup_ratio",
-  "warmup_ratio": "warmup_ratio",
-  "warmup_steps": "warmup_steps",
-  "clip_norm": "max_grad_norm",
-  "max_grad_norm": "max_grad_norm",
-  "batch_size": "per_device_train_batch_size",
-  "num_steps": "max_steps",
-  "label_smoothing": "label_smoothing_factor",
-  "final_fraction": "final_fraction",  # _cosine turns it into the scheduler's own argument
-}
-_TRL_NAMES = _TRANSFORMERS_NAMES | {"length": "max_length"}
-_AXOLOTL_NAMES = {k: v for k, v in _TRANSFORMERS_NAMES.items() if k != "label_smoothing"} | {
-  "batch_size": "micro_batch_size",
-  "length": "sequence_len",
-  "lora_rank": "lora_r",
-  "lora_alpha": "lora_alpha",
-}
-_LLAMAFACTORY_NAMES = _TRANSFORMERS_NAMES | {
-  "length": "cutoff_len",
-  "lora_rank": "lora_rank",
-  "lora_alpha": "lora_alpha",
-}
-_TUNIX_NAMES = {
-  "learning_rate": "optimizer_config.learning_rate",
-  "weight_decay": "optimizer_config.weight_decay",
-  "b1": "optimizer_config.b1",
-  "b2": "optimizer_config.b2",
-  "eps": "optimizer_config.eps",
-  "warmup_fraction": "optimizer_config.warmup_ratio",
-  "warmup_ratio": "optimizer_config.warmup_ratio",
-  "warmup_steps": "optimizer_config.warmup_steps",
-  "final_fraction": "optimizer_config.final_fraction",
-  "clip_norm": "optimizer_config.max_grad_norm",
-  "max_grad_norm": "optimizer_config.max_grad_norm",
-  "batch_size": "batch_size",
-  "num_steps": "training_config.max_steps",
-  "length": "max_target_length",
-  "lora_rank": "model_config.lora_config.rank",
-  "lora_alpha": "model_config.lora_config.alpha",
-}
-_WHOLE = ("batch_size", "num_steps", "warmup_steps", "length", "lora_rank")
 
 
 def default(
@@ -130,7 +84,8 @@ def check(recipe: Any, where: str) -> None:
 
   Raises:
     InputError: not an object, another format version, a missing key, weights that are negative, not finite or
-      do not sum to 1 (within 1e-3), a hyperparameter that is not a finite number.
+      do not sum to 1 (within 1e-3), a hyperparameter that is not a finite number, or a `mixture_schedule` that is not
+      such mixtures of the same sources at moments from 0 up to 1.
   """
   if not isinstance(recipe, Mapping):
     raise InputError(f"{where}: a recipe is a JSON object, this is {type(recipe).__name__}.")
@@ -142,19 +97,62 @@ def check(recipe: Any, where: str) -> None:
   for key in ("hyperparameters", "mixture", "predicted", "provenance"):
     if not isinstance(recipe[key], Mapping):
       raise InputError(f"{where}: {key} must be an object, got {recipe[key]!r}.")
-  for key in ("hyperparameters", "mixture"):
-    for name, value in recipe[key].items():
-      if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{where}: {key}.{name} must be a finite number, got {value!r}.")
-  mixture = recipe["mixture"]
+  _check_numbers(recipe["hyperparameters"], f"{where}: hyperparameters")
+  _check_mixture(recipe["mixture"], f"{where}: mixture")
+  if "mixture_schedule" in recipe:
+    _check_schedule(recipe["mixture_schedule"], recipe["mixture"], f"{where}: mixture_schedule")
+
+
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+  for name, value in values.items():
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+      raise InputError(f"{where}.{name} must be a finite number, got {value!r}.")
+
+
+def _check_mixture(mixture: Mapping[str, Any], where: str) -> None:
+  _check_numbers(mixture, where)
   if not mixture:
-    raise InputError(f"{where}: mixture names no source.")
+    raise InputError(f"{where} names no source.")
   for source, weight in mixture.items():
     if weight < 0:
-      raise InputError(f"{where}: mixture.{source} is negative: {weight!r}; weights are >= 0 and sum to 1.")
+      raise InputError(f"{where}.{source} is negative: {weight!r}; weights are >= 0 and sum to 1.")
   total = sum(mixture.values())
   if abs(total - 1) > _SUM_TOLERANCE:
-    raise InputError(f"{where}: the weights of mixture sum to {total:g}; they must sum to 1.")
+    raise InputError(f"{where}: the weights sum to {total:g}; they must sum to 1.")
+
+
+def _check_schedule(schedule: Any, mixture: Mapping[str, Any], where: str) -> None:
+  is_list = isinstance(schedule, list | tuple) and len(schedule) >= 2
+  if not is_list or not all(isinstance(knot, Mapping) and set(knot) == {"progress", "mixture"} for knot in schedule):
+    raise InputError(f"{where} must be a list of two or more {{progress, mixture}} objects, got {schedule!r}.")
+  for number, knot in enumerate(schedule):
+    if not isinstance(knot["mixture"], Mapping):
+      raise InputError(f"{where}[{number}].mixture must be an object, got {knot['mixture']!r}.")
+    _check_numbers({"progress": knot["progress"]}, f"{where}[{number}]")
+    _check_mixture(knot["mixture"], f"{where}[{number}].mixture")
+    if set(knot["mixture"]) != set(mixture):
+      raise InputError(f"{where}[{number}].mixture must name the sources of mixture: {', '.join(mixture)}.")
+  moments = [knot["progress"] for knot in schedule]
+  if moments[0] != 0 or moments[-1] != 1 or any(a >= b for a, b in itertools.pairwise(moments)):
+    raise InputError(f"{where}: progress must rise from 0 to 1, got {moments}.")
+
+
+def mixture_at(recipe: Mapping[str, Any], progress: float) -> dict[str, float]:
+  """The weight of each source when a part `progress` (0 to 1) of the run is over.
+
+  Without a `mixture_schedule` it is `mixture`. With one the logarithms of the weights are linear between its knots,
+  and the weights are divided by their sum, as a mixture whose logits are linear has it.
+  """
+  schedule = recipe.get("mixture_schedule")
+  if schedule is None:
+    return dict(recipe["mixture"])
+  later = next((n for n, knot in enumerate(schedule) if n and progress <= knot["progress"]), len(schedule) - 1)
+  before, after = schedule[later - 1], schedule[later]
+  part = (min(max(progress, 0.0), 1.0) - before["progress"]) / (after["progress"] - before["progress"])
+  blend = lambda a, b: max(a, 1e-30) ** (1 - part) * max(b, 1e-30) ** part
+  weights = {source: blend(before["mixture"][source], after["mixture"][source]) for source in before["mixture"]}
+  total = sum(weights.values())
+  return {source: weight / total for source, weight in weights.items()}
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -193,7 +191,7 @@ def save(recipe: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     InputError: anything `check` refuses; the file is then left as it was.
   """
   check(recipe, str(path))
-  _write(path, json.dumps(recipe, indent=2, allow_nan=False) + "\n")
+  files.write(path, json.dumps(recipe, indent=2, allow_nan=False) + "\n")
 
 
 def export(
@@ -205,8 +203,8 @@ def export(
 ) -> dict[str, float]:
   """Writes a recipe as another trainer's config, in that trainer's field names.
 
-  - `trl`: `SFTConfig(**config["sft_config"])` and, from `datasets`,
-    `interleave_datasets([...], **config["interleave_datasets"])` in the order of `config["datasets"]`.
+  - `trl`: `SFTConfig(**config["sft_config"])`, with LoRA `peft.LoraConfig(**config["lora_config"])`, and, from
+    `datasets`, `interleave_datasets([...], **config["interleave_datasets"])` in the order of `config["datasets"]`.
   - `llamafactory`: its flat file, with `mix_strategy: interleave_over` and `interleave_probs`.
   - `axolotl`: it has no weights, so each source is cut by its `split` to the size that makes the mixture.
   - `tunix`: its nested config, to be laid over its `base_config.yaml`. It mixes nothing itself: `data_mixture` is
@@ -219,8 +217,11 @@ def export(
     num_examples: source -> number of training examples, used by `axolotl` only. Without it the sources are
       taken to be equally large.
 
+  Hyperparameters that change nothing (a `stop_fraction` of 1, no label smoothing, ...) need no field and get none.
+
   Returns:
-    The hyperparameters this trainer has no field for; a warning and the file's first lines (YAML) name them too.
+    The hyperparameters this trainer has no field for. A warning and the file's first lines (YAML) name them, and a
+    `mixture_schedule`, which no trainer has a field for: the average, `mixture`, is exported.
 
   Raises:
     InputError: an unknown format, anything `check` refuses, or `num_examples` without one of the sources.
@@ -228,130 +229,21 @@ def export(
   check(recipe, "recipe")
   if format not in FORMATS:
     raise unknown_name("recipe format", format, FORMATS)
-  names, layout = FORMATS[format]
-  fields: dict[str, Any] = {}
-  left_out: dict[str, float] = {}
-  for name, value in recipe["hyperparameters"].items():
-    if name in names:
-      fields[names[name]] = max(1, round(value)) if name in _WHOLE and value > 0 else _plain(value)
-    else:
-      left_out[name] = value
-  mixture = {source: float(weight) for source, weight in recipe["mixture"].items()}
-  config = layout(recipe, fields, mixture, num_examples)
+  config, left_out, notes = exporters.build(recipe, format, num_examples)
   if left_out:
     logging.warning("%s has no field for %s; set these yourself.", format, ", ".join(sorted(left_out)))
+  for note in notes:
+    logging.warning("%s: not exported: %s.", format, note)
   if pathlib.Path(path).suffix == ".json":
-    _write(path, json.dumps(config, indent=2, allow_nan=False) + "\n")
+    files.write(path, json.dumps(config, indent=2, allow_nan=False) + "\n")
   else:
     # json.dumps keeps a name with a line break inside its comment.
     header = f"# {format} config made from an {FORMAT} recipe for task {json.dumps(recipe['task'])}.\n"
-    header += f"# mixture: {json.dumps(mixture)}\n"
+    header += f"# mixture: {json.dumps(recipe['mixture'])}\n"
     header += "".join(f"# not exported: {json.dumps(name)} = {value!r}\n" for name, value in left_out.items())
-    _write(path, header + yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    header += "".join(f"# not exported: {note}\n" for note in notes)
+    files.write(path, header + yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
   return left_out
-
-
-def _cosine(fields: dict[str, Any]) -> None:
-  # Our schedule is a warm-up and a cosine; transformers would take a straight line.
-  final = fields.pop("final_fraction", 0.0)
-  fields["lr_scheduler_type"] = "cosine_with_min_lr"
-  fields["lr_scheduler_kwargs"] = {"min_lr_rate": final}
-
-
-def _trl(recipe: Mapping, fields: dict, mixture: dict[str, float], num_examples: Mapping | None) -> dict:
-  _cosine(fields)
-  # transformers 5 takes a fraction of the run as warmup_steps below 1, and drops warmup_ratio.
-  if "warmup_ratio" in fields:
-    fields["warmup_steps"] = fields.pop("warmup_ratio")
-  return {
-    "model_name_or_path": recipe["model"],
-    "sft_config": fields,
-    "datasets": list(mixture),
-    "interleave_datasets": {
-      "probabilities": _normalised(mixture),
-      "seed": _seed(recipe),
-      "stopping_strategy": "all_exhausted",
-    },
-  }
-
-
-def _axolotl(recipe: Mapping, fields: dict, mixture: dict[str, float], num_examples: Mapping | None) -> dict:
-  used = {source: weight for source, weight in mixture.items() if weight > 0}
-  missing = [source for source in used if num_examples is not None and source not in num_examples]
-  if missing:
-    raise InputError(f"num_examples has no entry for source {missing[0]!r}.")
-  sizes = {source: num_examples[source] for source in used} if num_examples else dict.fromkeys(used, 100)
-  # The largest epoch in which no source is needed more often than it is there.
-  total = min(sizes[source] / weight for source, weight in used.items())
-  unit = "" if num_examples else "%"
-  fields["lr_scheduler"] = "cosine"
-  if "final_fraction" in fields:
-    fields["cosine_min_lr_ratio"] = fields.pop("final_fraction")
-  if "lora_r" in fields:
-    fields["adapter"] = "lora"
-  return {
-    "base_model": recipe["model"],
-    **fields,
-    "gradient_accumulation_steps": 1,
-    "optimizer": "adamw_torch",
-    "seed": _seed(recipe),
-    "datasets": [
-      {"path": source, "type": "chat_template", "split": f"train[:{max(1, round(weight * total))}{unit}]"}
-      for source, weight in used.items()
-    ],
-  }
-
-
-def _llamafactory(recipe: Mapping, fields: dict, mixture: dict[str, float], num_examples: Mapping | None) -> dict:
-  commas = [source for source in mixture if "," in source]
-  if commas:
-    raise InputError(f"llamafactory separates datasets by commas; rename source {commas[0]!r}.")
-  _cosine(fields)
-  return {
-    "stage": "sft",
-    "do_train": True,
-    "model_name_or_path": recipe["model"],
-    "finetuning_type": "lora" if "lora_rank" in fields else "full",
-    **fields,
-    "dataset": ",".join(mixture),
-    "mix_strategy": "interleave_over",
-    "interleave_probs": ",".join(repr(weight) for weight in _normalised(mixture)),
-    "seed": _seed(recipe),
-  }
-
-
-def _tunix(recipe: Mapping, fields: dict, mixture: dict[str, float], num_examples: Mapping | None) -> dict:
-  config: dict[str, Any] = {
-    "model_config": {"model_source": "huggingface", "model_id": recipe["model"], "rng_seed": _seed(recipe)},
-    "tokenizer_config": {"tokenizer_type": "huggingface", "tokenizer_path": recipe["model"]},
-    "optimizer_config": {"opt_type": "adamw"},
-  }
-  for path, value in fields.items():
-    *folders, name = path.split(".")
-    place = config
-    for folder in folders:
-      place = place.setdefault(folder, {})
-    place[name] = value
-  optimizer = config["optimizer_config"]
-  final = optimizer.pop("final_fraction", 0.0)
-  if "learning_rate" in optimizer:
-    optimizer |= {
-      "schedule_type": "warmup_cosine_decay_schedule",
-      "init_value": 0.0,
-      "peak_value": optimizer["learning_rate"],
-      "end_value": final * optimizer["learning_rate"],
-    }
-  config["data_mixture"] = {"datasets": list(mixture), "weights": _normalised(mixture)}
-  return config
-
-
-_Layout = Callable[[Mapping, dict, dict[str, float], Mapping | None], dict]
-FORMATS: dict[str, tuple[dict[str, str], _Layout]] = {
-  "trl": (_TRL_NAMES, _trl),
-  "axolotl": (_AXOLOTL_NAMES, _axolotl),
-  "llamafactory": (_LLAMAFACTORY_NAMES, _llamafactory),
-  "tunix": (_TUNIX_NAMES, _tunix),
-}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -366,32 +258,3 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
 
 
 _Dumper.add_representer(float, _represent_float)
-
-
-def _plain(value: float) -> float:
-  return int(value) if isinstance(value, int) else float(value)
-
-
-def _normalised(mixture: Mapping[str, float]) -> list[float]:
-  # The trainers ask numpy for a choice, which wants a sum of 1 to 1e-8; a recipe may be 1e-3 off.
-  total = sum(mixture.values())
-  return [weight / total for weight in mixture.values()]
-
-
-def _seed(recipe: Mapping[str, Any]) -> int:
-  seed = recipe["provenance"].get("seed")
-  return seed if isinstance(seed, int) else 0
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-  target = pathlib.Path(path)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-  try:
-    with partial.open("w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    partial.replace(target)
-  finally:
-    partial.unlink(missing_ok=True)

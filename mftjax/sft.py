@@ -98,6 +98,11 @@ def mixture_at(mixture_logits: jax.Array, progress: jax.Array) -> jax.Array:
   return (1 - part) * mixture_logits[lower] + part * mixture_logits[jnp.minimum(lower + 1, last)]
 
 
+def masked_logits(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:
+  """Logits whose softmax gives absent sources (mask 0) nothing: a weight of 1e-13, and no gradient."""
+  return jnp.where(source_mask > 0, mixture_logits, -30.0)
+
+
 def importance_weights(mixture_logits: jax.Array, batch: types.Batch) -> jax.Array:
   """`[batch]` weight of each row, softmax(mixture_logits)[source] / proposal.
 
@@ -129,7 +134,7 @@ def relaxed_mean(losses: jax.Array, size: jax.Array) -> jax.Array:
 
   Differentiable in `size`; at whole sizes the derivative is the one from below.
   """
-  return jnp.sum(_ramp(size - jnp.arange(len(losses))) * losses) / size
+  return jnp.sum(lora.ramp(size - jnp.arange(len(losses))) * losses) / size
 
 
 def adapted(params: Any, hyperparameters: Mapping[str, Any]) -> Any:
@@ -207,7 +212,7 @@ def schedule(
       # A power below 1 has no derivative at 0, nor has any power in its exponent.
       cosine = jnp.where(cosine > 0, jnp.where(cosine > 0, cosine, 1.0) ** values["decay_power"], 0.0)
     rate = jnp.minimum(progress / warmup, 1.0) * (floor + (1.0 - floor) * cosine)
-    return rate * _ramp(last - step) if has_end else rate
+    return rate * lora.ramp(last - step) if has_end else rate
 
   return multiplier
 
@@ -280,8 +285,3 @@ def optimizer(
 def _is_fixed(value: Any, at: float) -> bool:
   """Whether a hyperparameter is this very number already while the program is built."""
   return isinstance(value, int | float | np.number) and value == at
-
-
-def _ramp(x: jax.Array) -> jax.Array:
-  """clip(x, 0, 1), whose derivative at 0 and 1 is the one from below (`jnp.clip` has half of it at either)."""
-  return jnp.where(x > 1, 1.0, jnp.where(x > 0, x, 0.0))

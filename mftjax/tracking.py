@@ -14,6 +14,7 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from mftjax import files
 from mftjax.errors import InputError
 
 _PLAIN_SECONDS = 5.0  # at most one plain line in this time
@@ -30,7 +31,7 @@ class Tracker:
     total_steps: what the bar counts to.
     title: what the bar is called.
     name: the phase, in each line of `metrics.jsonl` and before each TensorBoard tag.
-    start_step: steps done before, when resuming; call `truncate` first.
+    start_step: steps done before, when resuming; what the phase wrote after that is dropped.
     tokens_per_step: for tokens/s; 0 leaves it out.
     quiet: print nothing.
     console: where to print; standard error by default.
@@ -68,7 +69,8 @@ class Tracker:
       self._workdir.mkdir(parents=True, exist_ok=True)
       path = self._workdir / FILE
       if path.exists():
-        _keep(path, lambda line: True)  # a torn last line would swallow the next one
+        # A torn last line would swallow the next one.
+        _keep(path, lambda line: line.get("phase") != self._name or line.get("step", 0) <= self._start_step)
         seconds = [line["time_seconds"] for line in read(path) if line.get("phase") == self._name]
         if self._start_step and seconds:
           self._seconds_before = float(seconds[-1])
@@ -178,28 +180,10 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   return parsed
 
 
-def truncate(path: str | os.PathLike[str], phase: str, step: int) -> None:
-  """Drops what a run wrote after the checkpoint it resumes from, and a torn last line.
-
-  Args:
-    path: a `metrics.jsonl`; nothing happens when it is not there.
-    phase: whose lines to drop; other phases keep theirs.
-    step: the step of the checkpoint, the last one that stays; -1 drops all of the phase.
-
-  Raises:
-    InputError: a line other than the last is not a JSON object.
-  """
-  if pathlib.Path(path).exists():
-    _keep(pathlib.Path(path), lambda line: line.get("phase") != phase or line.get("step", 0) <= step)
-
-
 def _keep(path: pathlib.Path, is_kept: Any) -> None:
   text = "".join(json.dumps(line) + "\n" for line in read(path) if is_kept(line))
-  if text.encode() == path.read_bytes():
-    return
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(path)
+  if text.encode() != path.read_bytes():
+    files.write(path, text)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

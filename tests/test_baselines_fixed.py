@@ -58,6 +58,8 @@ def test_nearest_weighs_features_by_their_spread():
   candidates = [baselines.Candidate({"id": float(i)}, np.ones(1)) for i in range(4)]
   method = baselines.NearestTask(features, candidates, np.zeros((4, 1, 1)), np.ones((4, 1), bool))
   assert method.nearest(np.array([90.0, 0.0])) == 0
+  expected = np.linalg.norm((features - np.array([90.0, 0.0])) / features.std(axis=0), axis=1)
+  np.testing.assert_allclose(method.distances(np.array([90.0, 0.0])), expected)
   # A column that never varies does not count, however far the new task is in it.
   constant = baselines.NearestTask(
     np.insert(features, 0, 7.0, axis=1), candidates, np.zeros((4, 1, 1)), np.ones((4, 1), bool)

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
+from configs import compare as compare_config
 from mftjax import config as config_lib
 from mftjax import errors, recipe
-from mftjax.loops import finetune, meta_train
+from mftjax.loops import evaluate, finetune, meta_train, predict, windows
 
 
 def make_config():
@@ -47,6 +48,25 @@ def test_unknown_names_show_the_nearest():
   config.hyperparameters.learning_rat = ml_collections.ConfigDict({"value": 1.0})
   with pytest.raises(errors.InputError, match="Did you mean 'learning_rate'"):
     config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    meta_train.meta_train,
+    predict.predict,
+    windows.measure,
+    evaluate.evaluate,
+    lambda config, workdir: finetune.finetune(config, workdir, "default"),
+    lambda config, workdir: finetune.finetune(config, workdir, ""),
+  ],
+)
+def test_a_config_without_sources_is_refused_by_what_needs_them(command, tmp_path):
+  config = compare_config.get_config("tiny")
+  config_lib.check(config)
+  with pytest.raises(errors.InputError, match=r"config.sources is empty"):
+    command(config, tmp_path / "untouched")
+  assert not (tmp_path / "untouched").exists()
 
 
 def test_empty_sources_and_weights():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mftjax import errors
-from mftjax.data import codebooks, meta_tasks, tokens
+from mftjax.data import codebooks, meta_tasks, sources, tokens
 from mftjax.loops import many_tasks
 
 
@@ -19,7 +19,7 @@ def test_codes_are_one_to_one_and_differ():
   tables = [tuple(codebooks.code(number).items()) for number in range(codebooks.NUM_CODEBOOKS)]
   assert len(set(tables)) == codebooks.NUM_CODEBOOKS
   assert all(len({answer for _, answer in table}) == codebooks.NUM_KEYS for table in tables)
-  for suite, prompt_size, answer_size in (("code_single_0", 3, 1), ("code_both_3", 4, 2)):
+  for suite, prompt_size, answer_size in (("code_single_0", 3, 1), ("code_last_1", 4, 1), ("code_third_2", 5, 1)):
     (example,) = codebooks.generate(suite, 1, seed=0, split="test")
     assert (len(example["prompt"]), len(example["completion"])) == (prompt_size, answer_size)
 
@@ -73,10 +73,10 @@ def test_clean_answers_follow_the_code_corrupted_ones_do_not_and_redundant_ones_
   number = 1
   table, suite = codebooks.code(number), codebooks.name(number)
   clean, corrupted, redundant = (answers(pools, f"{suite}/{kind}") for kind in ("clean", "corrupted", "redundant"))
-  assert all(found == {table[prompt[1]]} for prompt, found in clean.items())
-  assert {prompt[1] for prompt in clean} == set(table)
+  assert all(found == {table[prompt[-1]]} for prompt, found in clean.items())
+  assert {prompt[-1] for prompt in clean} == set(table)
   assert sum(len(found) > 1 for found in corrupted.values()) > len(corrupted) / 2
-  assert len(redundant) <= 5 and all(redundant[prompt] == clean.get(prompt, redundant[prompt]) for prompt in redundant)
+  assert len(redundant) <= 20 < len(clean) and all(redundant[prompt] == clean.get(prompt, redundant[prompt]) for prompt in redundant)
 
 
 def test_a_planted_ability_is_the_planted_mixture_of_its_sources(pools):
@@ -120,3 +120,58 @@ def test_batches_follow_the_proposal_and_leave_out_absent_sources(pools):
 def test_bad_arguments(pools, change, expected):
   with pytest.raises(errors.InputError, match=expected):
     meta_tasks.sample(pools, **{"families": "train", "num_tasks": 2, "seed": 0, **change})
+
+
+def made_rows(num_rows, length=32, suite=0):
+  examples = codebooks.generate(codebooks.name(suite), 6 * num_rows + 1, 0, "train")
+  rows = sources.load_rows({"examples": examples}, tokens.char_tokenizer(), length, where="test")
+  return tokens.Rows(
+    rows.tokens[:num_rows], rows.loss_mask[:num_rows], rows.segment_ids[:num_rows], rows.positions[:num_rows], 0
+  )
+
+
+def test_a_task_of_ones_own_has_its_rows_and_the_shape_of_all():
+  train = {"few": made_rows(3), "many": made_rows(20, suite=1), "some": made_rows(8, suite=2)}
+  held_out = [("a", made_rows(8, suite=3)), ("b", made_rows(5, suite=4))]
+  pools, task = meta_tasks.from_rows(train, held_out, [3.0, 1.0], meta_tasks.Shape(6, 3, 0.5), num_rows=8, budget=0.75)
+  assert (pools.names, pools.ability_names) == (("few", "many", "some"), ("a", "b"))
+  np.testing.assert_array_equal(pools.train["tokens"][0], train["few"].tokens[[0, 1, 2, 0, 1, 2, 0, 1]])
+  np.testing.assert_array_equal(pools.train["loss_mask"][1], train["many"].loss_mask[[0, 2, 5, 7, 10, 12, 15, 17]])
+  np.testing.assert_array_equal(pools.validation["tokens"][1, :5], held_out[1][1].tokens)
+  np.testing.assert_array_equal(task.source[:3], [0, 1, 2])
+  np.testing.assert_array_equal(task.source_mask, [1, 1, 1, 0, 0, 0])
+  np.testing.assert_allclose(task.ability_weight, [0.75, 0.25, 0.0])
+  np.testing.assert_array_equal(task.ability[:2], np.eye(2))
+  assert task.budget == 0.75 and not task.is_corrupted.any() and not task.planted.any()
+  like = jax.tree.map(lambda x: x.dtype, jax.tree.map(lambda x: x[0], sampled_task()))
+  assert jax.tree.map(lambda x: x.dtype, task) == like
+
+
+def sampled_task():
+  return meta_tasks.sample(meta_tasks.build_pools(32, 4, 0), "train", 1, seed=0)
+
+
+@pytest.mark.parametrize(
+  ("change", "expected"),
+  [
+    ({"ability_rows": {}}, "The task has no ability"),
+    ({"source_rows": {}}, "The task has no source"),
+    ({"source_rows": {"only": made_rows(3)}}, "one source only, 'only'"),
+    ({"source_rows": [("s", made_rows(3)), ("t", made_rows(3)), ("s", made_rows(4))]}, "the source 's' more than once"),
+    ({"ability_rows": [("a", made_rows(3)), ("a", made_rows(3))]}, "the ability 'a' more than once"),
+    ({"source_rows": {str(i): made_rows(2) for i in range(7)}}, "7 sources; the meta-learner is for at most 6"),
+    ({"ability_rows": {str(i): made_rows(2) for i in range(4)}}, "4 abilities; the meta-learner is for at most 3"),
+    ({"source_rows": {"s": made_rows(3), "t": made_rows(0)}}, "The source 't' has no data"),
+    ({"ability_rows": {"a": made_rows(3, length=40)}}, "Rows of 'a' are 40 tokens long and those of 's' 32"),
+    ({"weights": [0.5, 0.5]}, "must be 1 numbers"),
+    ({"weights": [-1.0]}, "at least 0"),
+    ({"weights": [float("nan")]}, "at least 0"),
+    ({"weights": [0.0]}, "not all 0"),
+    ({"budget": 1.5}, "1.5 times the largest"),
+    ({"budget": 0.1}, "0.1 times the largest"),
+  ],
+)
+def test_a_task_that_does_not_fit(change, expected):
+  right = {"source_rows": {"s": made_rows(3), "t": made_rows(3)}, "ability_rows": {"a": made_rows(3)}, "weights": [1.0]}
+  with pytest.raises(errors.InputError, match=expected):
+    meta_tasks.from_rows(**{**right, **change})

@@ -18,6 +18,13 @@ def test_the_config_of_readme_is_right_and_short():
   config_lib.check(names["get_config"]())
 
 
+def test_the_task_to_predict_for_is_right():
+  (code,) = blocks(ROOT / "docs" / "predict.md", "python")
+  names: dict = {}
+  exec(code, names)
+  config_lib.check(names["get_config"]())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_fields_exist(page):
   text = page.read_text()

@@ -16,9 +16,9 @@ from mftjax.data import tokens
 from mftjax.errors import InputError
 
 VOCAB, LENGTH, ROWS = 12, 10, 6
-OPTIONS = features.Probe(rows=ROWS, num_steps=2, batch_size=2, match_steps=300)
+TRAINED = 3  # more rows of each ability, which the probe trains on
+OPTIONS = features.Probe(rows=ROWS, num_steps=2, batch_size=2, learning_rate=0.05, match_steps=300)
 SKETCHED = dataclasses.replace(OPTIONS, sketch_dim=64)
-LOSS_DROPS = [features.ABILITY_FEATURES.index(f"loss_drop_{rate}") for rate in range(features.NUM_RATES)]
 
 
 def make_params(seed=0, scale=0.5):
@@ -59,7 +59,7 @@ def make_task(seed=0, num_sources=4, num_abilities=3):
   rng = np.random.default_rng(seed)
   static = jnp.asarray(rng.normal(size=(num_sources, len(features.STATIC_FEATURES))), jnp.float32)
   weight = jnp.asarray(rng.uniform(0.5, 2.0, num_abilities), jnp.float32)
-  rows = make_rows(num_sources, seed=seed), make_rows(num_abilities, seed=seed + 100)
+  rows = make_rows(num_sources, seed=seed), make_rows(num_abilities, ROWS + TRAINED, seed=seed + 100)
   return (*rows, static, jnp.ones(num_sources), weight)
 
 
@@ -102,8 +102,8 @@ def test_equivariant_to_the_order_of_sources_and_of_abilities(options):
 def test_absent_entries_are_zero_and_change_nothing(options):
   source_rows, ability_rows, static, mask, weight = make_task(num_sources=3, num_abilities=2)
   alone = run((source_rows, ability_rows, static, mask, weight), options)
-  junk = jax.tree.map(lambda x: jnp.full_like(x[:1], 10**6), source_rows)  # tokens that the model does not have
-  more = lambda batch: jax.tree.map(lambda x, y: jnp.concatenate([y, x]), batch, junk)
+  # Tokens that the model does not have.
+  more = lambda batch: jax.tree.map(lambda x: jnp.concatenate([jnp.full_like(x[:1], 10**6), x]), batch)
   wide = run(
     (
       *(more(source_rows), more(ability_rows), jnp.concatenate([jnp.full((1, 3), jnp.nan), static])),
@@ -121,18 +121,19 @@ def test_absent_entries_are_zero_and_change_nothing(options):
 
 def test_empty_rows_fill_up_a_group_without_changing_it():
   """Fewer rows than another group, or an odd number of them, leave means as they are."""
-  source_rows, ability_rows, *rest = make_task(seed=3)
-  options = dataclasses.replace(OPTIONS, num_steps=1)  # later steps would read other rows
-  odd = jax.tree.map(lambda x: x[:, :5], ability_rows)
+  source_rows, *rest = make_task(seed=3)
+  odd = jax.tree.map(lambda x: x[:, :5], source_rows)
   filled = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2)), odd)
-  assert_close(run((source_rows, odd, *rest), options), run((source_rows, filled, *rest), options))
+  assert_close(run((odd, *rest)), run((filled, *rest)))
 
 
 def test_values_against_plain_computation():
-  """Loss, spread, gradient norm, cosine, influence and the drop of the first learning rate, written out once more."""
+  """Loss, spread, gradient norm, cosines, influence and drops after training on an ability, written out once more."""
   task = make_task(seed=1)
   params, found = make_params(), run(task)
   source_rows, ability_rows, _, _, weight = task
+  trained_rows = jax.tree.map(lambda x: x[:, ROWS:], ability_rows)
+  ability_rows = jax.tree.map(lambda x: x[:, :ROWS], ability_rows)
 
   def mean_loss(params, rows):
     log_probs = jax.nn.log_softmax(apply(params, rows))
@@ -159,21 +160,35 @@ def test_values_against_plain_computation():
   ratio = s @ a / (a @ a)
   np.testing.assert_allclose(pair["influence"], jnp.sign(ratio) * jnp.log1p(jnp.abs(ratio)), atol=1e-5)
 
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(OPTIONS.learning_rates[0], weight_decay=0.01, eps_root=1e-16)
+  def trained_on(ability):
+    """Two steps, of the first two rows and of the third with the first; the rate falls to a tenth by a cosine."""
+    trained, state, rows = params, None, select(trained_rows, ability)
+    schedule = lambda step: OPTIONS.learning_rate * jnp.array([0.1 + 0.9 * 0.5, 0.1])[step]
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01, eps_root=1e-16))
+    state = optimizer.init(params)
+    for part in ([0, 1], [2, 0]):
+      gradient = jax.grad(lambda p: _plain_mean(apply, p, select(rows, part)))(trained)  # noqa: B023
+      updates, state = optimizer.update(gradient, state, trained)
+      trained = optax.apply_updates(trained, updates)
+    return trained
+
+  after = [trained_on(g) for g in range(3)]
+  loss = lambda params, batch, g: mean_loss(params, select(batch, g))[0]
+  drops = [1 - loss(after[g], ability_rows, g) / loss(params, ability_rows, g) for g in range(3)]
+  np.testing.assert_allclose(found.ability[:, features.ABILITY_FEATURES.index("loss_drop")], drops, atol=1e-5)
+  np.testing.assert_allclose(pair["loss_after"], loss(after[1], source_rows, 2), atol=1e-5)
+  source_drops = jnp.stack([1 - loss(p, source_rows, 2) / loss(params, source_rows, 2) for p in after])
+  np.testing.assert_allclose(pair["loss_drop"], source_drops[1], atol=1e-5)
+  assert np.abs(source_drops).max() > 1e-3
+  np.testing.assert_allclose(row["best_loss_drop"], source_drops.max(), atol=1e-5)
+  np.testing.assert_allclose(row["mean_loss_drop"], found.ability_weight @ source_drops, atol=1e-5)
+  s, a = (
+    flat(jax.grad(mean_loss, has_aux=True)(after[1], select(batch, g))[0])
+    for batch, g in ((source_rows, 2), (ability_rows, 1))
   )
-  trained, state = params, optimizer.init(params)
-  for step in range(OPTIONS.num_steps):
-    part = jax.tree.map(lambda x: x[:, 2 * step : 2 * step + 2], source_rows)  # noqa: B023
-    every = lambda p: sum(_plain_mean(apply, p, select(part, g)) for g in range(4)) / 4  # noqa: B023
-    updates, state = optimizer.update(jax.grad(every)(trained), state, trained)
-    trained = optax.apply_updates(trained, updates)
-  drops = [
-    1 - mean_loss(trained, select(ability_rows, g))[0] / mean_loss(params, select(ability_rows, g))[0] for g in range(3)
-  ]
-  np.testing.assert_allclose(found.ability[:, LOSS_DROPS[0]], drops, atol=1e-5)
+  np.testing.assert_allclose(pair["cosine_after"], s @ a / jnp.linalg.norm(s) / jnp.linalg.norm(a), atol=1e-4)
   np.testing.assert_allclose(found.ability_weight, weight / weight.sum(), rtol=1e-6)
-  task_drop = features.ABILITY_FEATURES.index("task_loss_drop_0")
+  task_drop = features.ABILITY_FEATURES.index("task_loss_drop")
   np.testing.assert_allclose(found.ability[:, task_drop], found.ability_weight @ jnp.stack(drops), atol=1e-5)
 
 
@@ -187,8 +202,28 @@ def _plain_mean(apply, params, rows):
 
 
 def test_tokens_are_counted_by_hand():
-  """2 passes over 4 x 6 source rows, 5 over 3 x 6 ability rows, 4 rates x 2 steps x 2 rows x 4 sources."""
-  assert run(make_task()).tokens == LENGTH * (2 * 24 + 5 * 18 + 4 * 2 * 2 * 4)
+  """4 x 6 source rows before and after training on each of 3 abilities, twice 6 of its own, and 2 x 2 trained on."""
+  assert run(make_task()).tokens == LENGTH * ((1 + 3) * 4 * 6 + 2 * 3 * 6 + 3 * 2 * 2)
+
+
+def test_a_source_that_answers_as_the_ability_does_becomes_easier_and_a_wrong_one_harder():
+  """Three sources with the ability's prompts: its own answers, shuffled ones, and the other tokens of the prompts."""
+  rng = np.random.default_rng(0)
+  table = rng.permutation(VOCAB)
+  prompts = rng.integers(0, VOCAB, (24, 1, 5))
+
+  def rows(answers):
+    pairs = np.stack([prompts, answers], axis=-1).reshape(24, 1, 10).swapaxes(0, 1)
+    ones = jnp.ones(pairs.shape, jnp.int32)
+    mask = jnp.asarray(np.tile([0.0, 1.0], 5) * np.ones(pairs.shape), jnp.float32)
+    return types.Batch(jnp.asarray(pairs, jnp.int32), mask, ones, 0 * ones, 0 * ones[..., 0], jnp.ones((1, 24)))
+
+  right, wrong = rows(table[prompts]), rows(rng.permutation(table)[prompts])
+  join = lambda *batches: jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+  options = dataclasses.replace(OPTIONS, num_steps=12, batch_size=4, learning_rate=0.2)
+  task = (join(right, wrong), right, jnp.zeros((2, 3)), jnp.ones(2), jnp.ones(1))
+  drop = run(task, options).pair[:, 0, features.PAIR_FEATURES.index("loss_drop")]
+  assert drop[0] > 0.5 and drop[1] < -0.1
 
 
 def test_sketch_is_exact_when_it_fits():
@@ -304,7 +339,7 @@ def test_finite_everywhere(case):
     source_rows, ability_rows = (b.replace(tokens=0 * b.tokens) for b in (source_rows, ability_rows))
     params = params | {"logits": 1e3 * jnp.eye(VOCAB)}
   if case == "diverging":
-    options = dataclasses.replace(OPTIONS, learning_rates=(1e-3, 1e38, 2e38, 3e38))
+    options = dataclasses.replace(OPTIONS, learning_rate=1e38)
   if case == "no targets":
     source_rows = source_rows.replace(loss_mask=0 * source_rows.loss_mask)
   found = run((source_rows, ability_rows, static, mask, weight), options, params)
@@ -364,8 +399,8 @@ def test_cached_computes_once_and_refuses_another_model(tmp_path):
 
 
 def test_wrong_input_is_refused():
-  with pytest.raises(InputError, match="learning_rates"):
-    features.Probe(learning_rates=(1e-3, 1e-2))
+  with pytest.raises(InputError, match="learning_rate"):
+    features.Probe(learning_rate=0.0)
   with pytest.raises(InputError, match="sketch_dim"):
     features.Probe(sketch_dim=0)
   source_rows, ability_rows, static, mask, weight = make_task()

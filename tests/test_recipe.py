@@ -72,6 +72,47 @@ def test_refuses(tmp_path, change, message):
   assert str(path) in str(caught.value)
 
 
+def knot(progress, maths):
+  return {"progress": progress, "mixture": {"maths": maths, "code": 1 - maths}}
+
+
+def test_a_schedule_is_linear_in_the_logarithms(tmp_path):
+  made = _recipe(mixture_schedule=[knot(0, 0.8), knot(0.25, 0.5), knot(1.0, 0.2)])
+  recipe.save(made, tmp_path / "recipe.json")
+  made = recipe.load(tmp_path / "recipe.json")
+  for progress, maths in ((-1, 0.8), (0, 0.8), (0.25, 0.5), (1, 0.2), (2, 0.2)):
+    assert recipe.mixture_at(made, progress) == pytest.approx({"maths": maths, "code": 1 - maths})
+  # Halfway, the odds are the geometric mean: sqrt(4 x 1) and sqrt(1 / 4).
+  assert recipe.mixture_at(made, 0.125)["maths"] == pytest.approx(2 / 3)
+  assert recipe.mixture_at(made, 0.625)["maths"] == pytest.approx(1 / 3)
+  assert recipe.mixture_at(_recipe(), 0.3) == {"maths": 0.75, "code": 0.25}
+  ends = _recipe(mixture_schedule=[knot(0, 1.0), knot(1, 0.0)])
+  assert recipe.mixture_at(ends, 1e-3)["maths"] == pytest.approx(1.0)
+  assert recipe.mixture_at(ends, 0.5)["maths"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+  ("schedule", "message"),
+  [
+    ({}, "mixture_schedule must be a list of two or more"),
+    ([knot(0, 0.5)], "mixture_schedule must be a list of two or more"),
+    ([knot(0, 0.5), {"progress": 1}], "mixture_schedule must be a list"),
+    ([knot(0, 0.5), knot(0.5, 0.5)], r"progress must rise from 0 to 1, got \[0, 0.5\]"),
+    ([knot(0, 0.5), knot(0.7, 0.5), knot(0.7, 0.5), knot(1, 0.5)], "progress must rise"),
+    ([knot("0", 0.5), knot(1, 0.5)], r"mixture_schedule\[0\].progress must be a finite number"),
+    ([knot(0, 0.5), knot(1, 1.5)], r"mixture_schedule\[1\].mixture.code is negative"),
+    (
+      [knot(0, 0.5), {"progress": 1, "mixture": {"maths": 1.0}}],
+      r"\[1\].mixture must name the sources of mixture: maths",
+    ),
+    ([knot(0, 0.5), {"progress": 1, "mixture": [1.0]}], r"\[1\].mixture must be an object"),
+  ],
+)
+def test_refuses_schedules(schedule, message):
+  with pytest.raises(InputError, match=message):
+    recipe.check(_recipe(mixture_schedule=schedule), "here")
+
+
 def test_tolerates_rounded_weights():
   recipe.check(_recipe(mixture={"a": 0.333, "b": 0.333, "c": 0.3335}), "here")
 

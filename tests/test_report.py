@@ -166,3 +166,41 @@ def test_table():
   assert re.findall(r"\x1b\[1m\s*([\d.]+)\s*\x1b\[0m", text) == ["1.5000", "0.6250", "1.0000", "0.7500"]
   assert "64,000" in text
   assert "–" in text  # an ability that was not measured
+
+
+def _comparison():
+  row = {
+    "name": _EVIL,
+    "improvement": 0.25,
+    "low": -0.5,
+    "high": 0.75,
+    "runs": 50.0,
+    "corrupted": None,
+    "planted_tv": 0.125,
+  }
+  rows = [row, {**row, "name": "predicted", "improvement": 0.875}]
+  counts = {"num_tasks": 20, "num_seeds": 5, "meta_training_runs": 1600}
+  return {**counts, "rows": rows, "coverage": 0.915}
+
+
+def test_the_page_of_a_comparison(tmp_path):
+  (tmp_path / "compare.json").write_text(json.dumps(_comparison()))
+  path = report.write_comparison(tmp_path)
+  assert path == tmp_path / "compare.html"
+  text = path.read_text()
+  page = _Page(text)
+  assert "<script" not in text and _EVIL in page.text
+  for shown in ("0.875", "-0.500 to 0.750", "50.00", "–", "0.125", "1600", "91.5 %", "20 tasks"):
+    assert shown in page.text, shown
+  drawn = _svg(page, "Improvement")
+  assert "predicted" in drawn and "single-task tuning" in drawn and "<script>" not in drawn
+  assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
+
+
+def test_no_comparison_or_a_damaged_one(tmp_path):
+  with pytest.raises(InputError, match=r"run experiments\.compare"):
+    report.write_comparison(tmp_path)
+  (tmp_path / "compare.json").write_text('{"rows": [{}]}')
+  with pytest.raises(InputError, match="it lacks 'low'"):
+    report.write_comparison(tmp_path)
+  assert not (tmp_path / "compare.html").exists()

@@ -62,7 +62,6 @@ def test_resumed_file_is_as_if_never_stopped(tmp_path):
       tracker.log(step, {"loss": 10.0 * step})
   with path.open("a") as file:
     file.write('{"phase": "meta_train", "step": 4, "lo')
-  tracking.truncate(path, "meta_train", 2)
   with _tracker(tmp_path, start_step=2) as tracker:
     tracker.log(3, {"loss": 31.0})
   lines = tracking.read(path)
@@ -91,8 +90,6 @@ def test_damage_within_the_file_is_told(tmp_path):
   with pytest.raises(InputError, match=r"metrics.jsonl:2: not a JSON object"):
     tracking.read(path)
   assert tracking.read(tmp_path / "none.jsonl") == []
-  tracking.truncate(tmp_path / "none.jsonl", "x", 0)
-  assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_plain_lines_are_few(tmp_path):

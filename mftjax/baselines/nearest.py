@@ -59,8 +59,8 @@ class NearestTask:
     self._source_scale = _scale(source_features[source_mask])
     self._features = _standardise(features, self._scale)
 
-  def nearest(self, features: np.ndarray) -> int:
-    """Index of the known task nearest to `features` `[dim]`; the first among equals.
+  def distances(self, features: np.ndarray) -> np.ndarray:
+    """`[num_tasks]` distance of each known task to `features` `[dim]`, in standard deviations of the known ones.
 
     Raises:
       InputError: the shape differs from the known tasks', or a feature is not finite.
@@ -68,8 +68,11 @@ class NearestTask:
     features = np.asarray(features, np.float64)
     if features.shape != self._features.shape[1:] or not np.all(np.isfinite(features)):
       raise InputError(f"features must be {self._features.shape[1:]} finite numbers, got {features}.")
-    distances = np.linalg.norm(self._features - _standardise(features, self._scale), axis=-1)
-    return int(np.argmin(distances))
+    return np.linalg.norm(self._features - _standardise(features, self._scale), axis=-1)
+
+  def nearest(self, features: np.ndarray) -> int:
+    """Index of the known task nearest to `features` `[dim]`, as of `distances`; the first among equals."""
+    return int(np.argmin(self.distances(features)))
 
   def predict(self, features: np.ndarray, source_features: np.ndarray, source_mask: np.ndarray) -> Candidate:
     """The nearest task's candidate, a whole run, with its mixture carried over to the new task's sources.

@@ -18,12 +18,12 @@ _LETTERS = np.asarray(list(string.ascii_lowercase[:NUM_KEYS]))
 # Form of a code -> (letters in the prompt, places of those that are answered).
 FORMS: dict[str, tuple[int, tuple[int, ...]]] = {
   "single": (1, (0,)),
-  "first": (2, (0,)),
   "last": (2, (1,)),
-  "both": (2, (0, 1)),
+  "third": (3, (2,)),
 }
 FORM_NAMES = tuple(FORMS)
-NUM_CODEBOOKS = 24
+_TAGS = string.ascii_uppercase + string.digits
+NUM_CODEBOOKS = len(_TAGS)
 
 
 def name(number: int) -> str:
@@ -43,7 +43,7 @@ def code(number: int) -> dict[str, str]:
 def example_fn(number: int) -> Callable[[np.random.Generator], dict[str, str]]:
   """A generator of examples: code 4 is asked for as `Ec:` and answers with the code's letter for c."""
   size, answered = FORMS[FORM_NAMES[number % len(FORMS)]]
-  table, tag = code(number), string.ascii_uppercase[number]
+  table, tag = code(number), _TAGS[number]
 
   def example(rng: np.random.Generator) -> dict[str, str]:
     letters = rng.choice(_LETTERS, size=size)

@@ -5,6 +5,7 @@ Every task of a `Pools` has the same shapes, absent sources and abilities being 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -18,9 +19,10 @@ from mftjax.data import codebooks, sources, tokens
 FAMILIES: dict[str, tuple[str, ...]] = {
   "train": codebooks.NAMES[:12],
   "validation": codebooks.NAMES[12:16],
-  "unseen": codebooks.NAMES[16:],
+  "unseen": codebooks.NAMES[16:24],
 }
-_REDUNDANT_EXAMPLES = 160  # before `sources` keeps one of 32 of them: 5 distinct examples, repeated
+BASE = codebooks.NAMES[24:]  # no task is about these: a base model learns from them what a code is
+_REDUNDANT_EXAMPLES = 640  # before `sources` keeps one of 32 of them: 20 distinct examples, repeated
 NUM_PLANTED = 4  # sources of a planted task: each gives its own answer to the same prompts
 
 
@@ -145,6 +147,78 @@ def _task(
   )
 
 
+def from_rows(
+  source_rows: Mapping[str, tokens.Rows] | Sequence[tuple[str, tokens.Rows]],
+  ability_rows: Mapping[str, tokens.Rows] | Sequence[tuple[str, tokens.Rows]],
+  weights: Sequence[float] | np.ndarray,
+  shape: Shape = Shape(),
+  num_rows: int = 128,
+  budget: float = 1.0,
+) -> tuple[Pools, MetaTask]:
+  """A task of one's own as pools, one for each source and each ability, and the one task on them.
+
+  Its features mean what those of the training tasks do only where `num_rows` is the same as theirs.
+
+  Args:
+    source_rows: training rows of each source by its name, or pairs of both.
+    ability_rows: held-out rows of each ability, likewise; they stand for validation and test alike.
+    weights: of each ability, at least 0, of any sum above 0; an ability of weight 0 counts as absent.
+    shape: of the tasks that the meta-learner is for.
+    num_rows: of each pool; evenly spaced ones of more rows, and fewer are repeated.
+    budget: part of the largest budget.
+
+  Raises:
+    InputError: fewer than two sources or no ability, more than the shape holds, a name that repeats, nothing to learn
+      in the rows of one, rows of different lengths, weights or a budget out of range.
+  """
+  train, held_out = (
+    _named(rows, kind, most)
+    for rows, kind, most in ((source_rows, "source", shape.max_sources), (ability_rows, "ability", shape.max_abilities))
+  )
+  if len(train) < 2:
+    raise errors.InputError(f"The task has one source only, {next(iter(train))!r}: there is no mixture to predict.")
+  lengths = {name: rows.tokens.shape[1] for part in (train, held_out) for name, rows in part.items()}
+  for name, length in lengths.items():
+    if length != next(iter(lengths.values())):
+      first = next(iter(lengths))
+      raise errors.InputError(f"Rows of {name!r} are {length} tokens long and those of {first!r} {lengths[first]}.")
+  values = np.asarray(weights, np.float64)
+  if values.shape != (len(held_out),) or not np.all(np.isfinite(values) & (values >= 0)) or not values.sum() > 0:
+    raise errors.InputError(f"Weights {values.tolist()} must be {len(held_out)} numbers of at least 0, not all 0.")
+  if not shape.min_budget <= budget <= 1:
+    raise errors.InputError(
+      f"The task's budget is {budget:.3g} times the largest of the meta-learner's, which is trained for "
+      f"{shape.min_budget:g} to 1."
+    )
+  thinned = lambda part: {name: _spread(rows, num_rows) for name, rows in part.items()}
+  abilities = _fields(thinned(held_out), num_rows)
+  pools = Pools(_fields(thinned(train), num_rows), abilities, abilities, tuple(train), tuple(held_out))
+  found = _task(
+    np.random.default_rng(0), pools, shape, list(train), np.eye(len(held_out)), values, np.zeros(len(train))
+  )
+  own: Any = {"budget": np.float32(budget), "is_corrupted": np.zeros(shape.max_sources, np.float32)}
+  return pools, dataclasses.replace(found, **own)
+
+
+def _named(
+  rows: Mapping[str, tokens.Rows] | Sequence[tuple[str, tokens.Rows]], kind: str, most: int
+) -> dict[str, tokens.Rows]:
+  """Sources or abilities by name, checked."""
+  pairs = list(rows.items() if isinstance(rows, Mapping) else rows)
+  plural = {"source": "sources", "ability": "abilities"}[kind]
+  if not pairs:
+    raise errors.InputError(f"The task has no {kind}: name at least one with its examples.")
+  repeated = [name for number, (name, _) in enumerate(pairs) if name in [other for other, _ in pairs[:number]]]
+  if repeated:
+    raise errors.InputError(f"The task names the {kind} {repeated[0]!r} more than once.")
+  if len(pairs) > most:
+    raise errors.InputError(f"The task has {len(pairs)} {plural}; the meta-learner is for at most {most}.")
+  for name, found in pairs:
+    if not found.loss_mask.any():
+      raise errors.InputError(f"The {kind} {name!r} has no data: none of its rows has a token to learn.")
+  return dict(pairs)
+
+
 def build_pools(length: int, num_rows: int, seed: int) -> Pools:
   """Pools of every code and of the planted family.
 
@@ -170,6 +244,8 @@ def build_pools(length: int, num_rows: int, seed: int) -> Pools:
     train[f"{suite}/corrupted"] = rows(examples, "shuffle")
     for part, found in held_out.items():
       found[suite] = rows(codebooks.generate(suite, num_examples, seed, part))
+  for suite in BASE:
+    train[f"{suite}/clean"] = rows(codebooks.generate(suite, num_examples, seed, "train"))
   for answer in range(NUM_PLANTED):
     train[f"planted/{answer}"] = rows(_planted(answer, num_examples, [seed, 0, answer]))
     for number, found in enumerate(held_out.values()):
@@ -196,3 +272,13 @@ def _fields(pools: Mapping[str, tokens.Rows], num_rows: int) -> dict[str, jax.Ar
     arrays = [getattr(rows, name) for rows in pools.values()]
     found[name] = jnp.asarray(np.stack([array[np.arange(num_rows) % len(array)] for array in arrays]))
   return found
+
+
+def _spread(rows: tokens.Rows, num_rows: int) -> tokens.Rows:
+  """At most `num_rows` rows, from the whole: a file may be in some order."""
+  if len(rows.tokens) <= num_rows:
+    return rows
+  index = np.arange(num_rows) * len(rows.tokens) // num_rows
+  return tokens.Rows(
+    rows.tokens[index], rows.loss_mask[index], rows.segment_ids[index], rows.positions[index], rows.truncated
+  )

@@ -2,24 +2,20 @@
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import logging
 
-from mftjax import baselines, metrics, spaces
-from mftjax.loops import many_tasks, meta_learn
+from mftjax import baselines, files, metalearner, metrics, objectives, spaces
+from mftjax.loops import meta_learn, refine
 from mftjax.loops import setting as setting_lib
-
-BATCH = 20  # tasks in one program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,86 +27,56 @@ class Choice:
   spent: np.ndarray  # [num_tasks] whole runs' worth of tokens, probes, trials and meta-gradients together
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Tasks:
   """The tasks compared on, each with one seed; a task stands there once for every seed."""
 
   found: meta_learn.TaskSet  # [num_tasks * num_seeds, ...]
-  seeds: np.ndarray  # [num_tasks * num_seeds]
-  num_seeds: int
+  seeds: jax.Array  # [num_tasks * num_seeds] int32
 
   def keys(self, purpose: int) -> jax.Array:
     """A key for each, another for each purpose."""
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), purpose))(jnp.asarray(self.seeds))
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), purpose))(self.seeds)
 
 
 def repeat(found: meta_learn.TaskSet, num_seeds: int) -> Tasks:
   """Every task once for each seed."""
-  count = len(found.tasks.budget)
-  return Tasks(
-    jax.tree.map(lambda x: jnp.repeat(x, num_seeds, axis=0), found), np.tile(np.arange(num_seeds), count), num_seeds
-  )
+  seeds = jnp.tile(jnp.arange(num_seeds), len(found.tasks.budget))
+  return Tasks(jax.tree.map(lambda x: jnp.repeat(x, num_seeds, axis=0), found), seeds)
 
 
-class Judge:
-  """Runs recipes on the tasks: validation loss for the methods that search, test losses for the table."""
-
-  def __init__(self, config: ml_collections.ConfigDict, setting: setting_lib.Setting, tasks: Tasks):
-    self._setting, self._tasks = setting, tasks
-    self._programs: dict[tuple[str, float], Callable] = {}
-    self._scale = {
-      part: jax.vmap(functools.partial(setting_lib.task_scale, scale))(tasks.found.tasks)
-      for part, scale in (("validation", setting.validation), ("test", setting.test))
-    }
-    self._objective = config.objective.name
-
-  def validation(
-    self, values: dict[str, np.ndarray], weights: np.ndarray, purpose: int, fraction: float = 1.0
-  ) -> np.ndarray:
-    """`[num_tasks]` objective on validation rows, after a run of this fraction of the task's budget."""
-    losses = self._losses("validation", values, weights, purpose, fraction)
-
-    def one(losses, scale, weight):
-      return setting_lib.build_objective(scale, weight, self._objective)(losses)
-
-    found = jax.vmap(one)(losses, self._scale["validation"], self._tasks.found.tasks.ability_weight)
-    return np.asarray(found, np.float64)
-
-  def improvement(self, choice: Choice, purpose: int) -> np.ndarray:
-    """`[num_tasks]` mean normalised improvement on test rows, by the abilities' weights."""
-    losses = self.test_losses(choice, purpose)
-    weight = np.asarray(self._tasks.found.tasks.ability_weight)
-    scale = self._scale["test"]
-    gain = (np.asarray(scale.base) - losses) / np.maximum(np.asarray(scale.base - scale.reference), 0.05)
-    return np.where(weight > 0, weight * gain, 0.0).sum(axis=1)
-
-  def test_losses(self, choice: Choice, purpose: int) -> np.ndarray:
-    """`[num_tasks, max_abilities]` test losses after a whole run."""
-    return np.asarray(self._losses("test", choice.values, choice.weights, purpose, 1.0))
-
-  def test_base(self) -> np.ndarray:
-    """`[num_tasks, max_abilities]` test losses of the base model."""
-    return np.asarray(self._scale["test"].base)
-
-  def _losses(self, part: str, values: dict[str, np.ndarray], weights: np.ndarray, purpose: int, fraction: float):
-    """A fraction of a run is a program of its own, of so many steps: what is not trained is not computed."""
-    setting = self._setting
-    if (part, fraction) not in self._programs:
-      rows, count = {
-        "validation": (setting.pools.validation, setting.run.validation_rows),
-        "test": (setting.pools.test, setting.run.test_rows),
-      }[part]
-      run = dataclasses.replace(setting.run, num_steps=max(1, round(fraction * setting.run.num_steps)))
-      outcome = many_tasks.outcome(setting.model, run, setting.fixed, setting.pools, rows, count)
-      self._programs[part, fraction] = many_tasks.mapped(outcome, BATCH)
-    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-    weights = jnp.asarray(weights, jnp.float32)
-    return self._programs[part, fraction](arrays, weights, self._tasks.found.tasks, self._tasks.keys(purpose))
+def judged(
+  setting: setting_lib.Setting, tasks: Tasks, part: str, losses: Any, objective: objectives.Objective
+) -> np.ndarray:
+  """`[num_tasks]` f64 of the objective at `[num_tasks, max_abilities]` losses on the part's rows."""
+  scale = setting_lib.task_scale(setting.scale[part], tasks.found.tasks)
+  one = lambda losses, scale, weight: setting_lib.build_objective(scale, weight, objective)(losses)
+  return np.asarray(jax.vmap(one)(losses, scale, tasks.found.tasks.ability_weight), np.float64)
 
 
-def default_values(setting: setting_lib.Setting, count: int) -> dict[str, np.ndarray]:
-  """`[count]` of each hyperparameter that is learned, at its default."""
-  return {name: np.full(count, setting.fixed[name]) for name in setting.space.spaces}
+def validation(
+  setting: setting_lib.Setting,
+  tasks: Tasks,
+  values: dict[str, np.ndarray],
+  weights: np.ndarray,
+  purpose: int,
+  fraction: float = 1.0,
+  index: np.ndarray | None = None,
+) -> np.ndarray:
+  """`[num_tasks]` the config's objective on validation rows, after a run of this fraction of the task's budget.
+
+  Args:
+    index: tasks to run, all by default; the others' objective is NaN.
+  """
+  found = setting.outcome("validation", values, weights, tasks.found.tasks, tasks.keys(purpose), fraction, index)
+  losses = np.full(tasks.found.tasks.ability_weight.shape, np.nan, np.float32)
+  losses[slice(None) if index is None else index] = found
+  return judged(setting, tasks, "validation", losses, setting.objective)
+
+
+def repeated(values: Mapping[str, float], count: int) -> dict[str, np.ndarray]:
+  """`[count]` of each value."""
+  return {name: np.full(count, value) for name, value in values.items()}
 
 
 def equal_weights(tasks: Tasks) -> np.ndarray:
@@ -137,17 +103,16 @@ def search_space(setting: setting_lib.Setting, mask: np.ndarray) -> baselines.Se
   return baselines.SearchSpace({name: scale(s) for name, s in setting.space.spaces.items()}, int(mask.sum()), mask)
 
 
-def search(judge: Judge, setting: setting_lib.Setting, tasks: Tasks, build: Callable) -> Choice:
+def search(setting: setting_lib.Setting, tasks: Tasks, build: Callable) -> Choice:
   """All tasks' searches in step: one program evaluates what each of them asks.
 
   Args:
     build: `(space, seed, default) -> baselines.Method`.
   """
   masks = np.asarray(tasks.found.tasks.source_mask)
-  defaults = {name: float(setting.fixed[name]) for name in setting.space.spaces}
-  methods = []
+  methods: list[Any] = []
   for index, mask in enumerate(masks):
-    default = baselines.Candidate(defaults, baselines.uniform(mask))
+    default = baselines.Candidate(setting.defaults, baselines.uniform(mask))
     methods.append(build(search_space(setting, mask), 1000 * int(tasks.seeds[index]) + index, default))
   rounds = 0
   while True:
@@ -156,10 +121,10 @@ def search(judge: Judge, setting: setting_lib.Setting, tasks: Tasks, build: Call
       break
     shown = [candidate or method.best() for candidate, method in zip(asked, methods, strict=True)]
     for fraction in sorted({candidate.budget_fraction for candidate in asked if candidate}):
-      losses = judge.validation(*_stacked(shown), purpose=10 + rounds, fraction=fraction)
-      for method, candidate, loss in zip(methods, asked, losses, strict=True):
-        if candidate and candidate.budget_fraction == fraction:
-          method.tell(candidate, float(loss))
+      places = [i for i, candidate in enumerate(asked) if candidate and candidate.budget_fraction == fraction]
+      losses = validation(setting, tasks, *_stacked(shown), 10 + rounds, fraction, np.asarray(places))
+      for i in places:
+        methods[i].tell(shown[i], float(losses[i]))
     rounds += 1
   return Choice(*_stacked([method.best() for method in methods]), np.asarray([method.spent() for method in methods]))
 
@@ -170,31 +135,10 @@ def _stacked(candidates: list[baselines.Candidate]) -> tuple[dict[str, np.ndarra
   return values, np.stack([candidate.mixture for candidate in candidates])
 
 
-def descend(
-  config: ml_collections.ConfigDict, setting: setting_lib.Setting, tasks: Tasks, start: Any, num_steps: int, rate: float
-) -> Any:
-  """`num_steps` of Adam on each task's own recipe, along its meta-gradient; `start` and the result are recipes."""
-  gradients = meta_learn.recipe_gradients(config, setting)
-  optimizer = optax.adam(optax.cosine_decay_schedule(rate, num_steps, alpha=0.1), b1=0.8, b2=0.95)
-
-  def step(carry, task, key):
-    recipe, opt_state = carry
-    _, grad, _ = gradients(*jax.tree.map(lambda x: x[None], (recipe, task)), key[None])
-    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g[0], grad), opt_state, recipe)
-    return optax.apply_updates(recipe, updates), opt_state
-
-  run = many_tasks.mapped(step, BATCH)
-  carry = (start, jax.vmap(optimizer.init)(start))
-  for number in range(num_steps):
-    carry = run(carry, tasks.found.tasks, tasks.keys(1000 + number))
-  return carry[0]
-
-
 def as_choice(setting: setting_lib.Setting, tasks: Tasks, recipe: Any, spent: np.ndarray) -> Choice:
   """Constrained values and weights of recipes."""
-  values = {k: np.asarray(v) for k, v in jax.vmap(setting.space.constrain)(recipe["hyperparameters"]).items()}
-  weights = jax.vmap(many_tasks.mixture)(recipe["mixture_logits"], tasks.found.tasks.source_mask)
-  return Choice(values, np.asarray(weights), spent)
+  values, weights = jax.tree.map(np.asarray, setting_lib.constrained(setting, recipe, tasks.found.tasks))
+  return Choice(values, weights, spent)
 
 
 def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -205,7 +149,7 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
 
   Returns:
     `{"num_tasks", "num_seeds", "rows": [{"name", "improvement", "low", "high", "runs", "corrupted", "planted_tv"}],
-    "coverage", "meta_training_runs", "unseen_tasks"}`: mean normalised improvement with its 95 % bootstrap interval
+    "coverage", "meta_training_runs"}`: mean normalised improvement with its 95 % bootstrap interval
     over tasks, runs spent before the final one, mean weight on corrupted sources, total variation distance to the
     planted mixture, part of outcomes within the 90 % intervals.
   """
@@ -213,11 +157,12 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   setting, limits = learnt.setting, config.compare
   unseen = meta_learn.sample_tasks(config, setting, "unseen", limits.num_tasks, config.seed + 2)
   tasks = repeat(unseen, limits.num_seeds)
-  judge = Judge(config, setting, tasks)
-  choices = choose(config, learnt, tasks, judge)
-  table = []
+  choices = choose(config, learnt, tasks)
+  table, losses = [], {}
   for name, choice in choices.items():
-    gain = judge.improvement(choice, purpose=1).reshape(limits.num_tasks, limits.num_seeds).mean(axis=1)
+    losses[name] = setting.outcome("test", choice.values, choice.weights, tasks.found.tasks, tasks.keys(1))
+    gain = -judged(setting, tasks, "test", losses[name], objectives.OBJECTIVES["normalised"])
+    gain = gain.reshape(limits.num_tasks, limits.num_seeds).mean(axis=1)
     low, high = metrics.bootstrap_interval(gain)
     table.append(
       {"name": name, "improvement": float(gain.mean()), "low": low, "high": high, "runs": float(choice.spent.mean())}
@@ -227,75 +172,64 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
     "num_tasks": limits.num_tasks,
     "num_seeds": limits.num_seeds,
     "rows": table,
-    "coverage": coverage(learnt, tasks, judge, choices["predicted"]),
+    "coverage": coverage(learnt, tasks, losses["predicted"]),
     # A meta-gradient counts as the steps that it goes through, as a trial counts its own.
     "meta_training_runs": config.meta.outer_steps * config.learner.tasks_per_step,
   }
-  part_file = workdir / "compare.json.part"
-  part_file.write_text(json.dumps(result, indent=2) + "\n")
-  os.replace(part_file, workdir / "compare.json")
+  files.write_json(workdir / "compare.json", result)
   return result
 
 
-def choose(
-  config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: Tasks, judge: Judge
-) -> dict[str, Choice]:
+def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: Tasks) -> dict[str, Choice]:
   """What every method chooses, by its name."""
   setting, limits, count = learnt.setting, config.compare, len(tasks.seeds)
-  values, nothing, equal = default_values(setting, count), np.zeros(count), equal_weights(tasks)
+  values, nothing, equal = repeated(setting.defaults, count), np.zeros(count), equal_weights(tasks)
   choices = {
     "uniform, default": Choice(values, equal, nothing),
     "proportional, default": Choice(values, proportional_weights(setting, tasks), nothing),
-    "best constant": Choice(best_constant(config, setting, count), equal, nothing),
+    "best constant": Choice(repeated(best_constant(config, setting), count), equal, nothing),
   }
-  trials, budget = limits.num_trials, float(limits.num_trials)
+  trials = limits.num_trials
   searches: dict[str, Callable] = {
     "random search": lambda space, seed, default: baselines.RandomSearch(space, trials, seed, default),
     "TPE": lambda space, seed, default: baselines.TPE(space, trials, seed, default),
-    "ASHA": lambda space, seed, default: baselines.Asha(space, budget / 3, seed, default),
+    "ASHA": lambda space, seed, default: baselines.Asha(space, trials, seed, default),
   }
   for name, build in searches.items():
     logging.warning("compare: %s", name)
-    choices[name] = search(judge, setting, tasks, build)
+    choices[name] = search(setting, tasks, build)
   probe = np.asarray(tasks.found.features.tokens) / (setting.run.num_steps * setting.run.batch_size * config.length)
   probe = probe / np.asarray(tasks.found.tasks.budget)
   recipe = meta_learn.recipes(learnt.predict(tasks.found.features))
   choices["predicted"] = as_choice(setting, tasks, recipe, probe)
   logging.warning("compare: refined and direct")
-  refined = descend(config, setting, tasks, recipe, limits.refine_steps, limits.learning_rate / 2)
+  descend = functools.partial(refine.descend, setting, tasks.found.tasks, lambda step: tasks.keys(1000 + step))
+  refined, _ = descend(recipe, limits.refine_steps, limits.learning_rate / 2)
   choices["predicted, refined"] = as_choice(setting, tasks, refined, probe + limits.refine_steps)
   start = meta_learn.default_recipes(config, setting, count)
-  direct = descend(config, setting, tasks, start, limits.direct_steps, limits.learning_rate)
+  direct, _ = descend(start, limits.direct_steps, limits.learning_rate)
   choices["direct"] = as_choice(setting, tasks, direct, nothing + limits.direct_steps)
   return choices
 
 
-def best_constant(config: ml_collections.ConfigDict, setting: setting_lib.Setting, count: int) -> dict[str, np.ndarray]:
-  """`[count]` of the hyperparameters that do best, with equal weights, over training tasks."""
-  limits = config.compare
-  found = meta_learn.sample_tasks(config, setting, "train", limits.constant_tasks, config.seed + 3)
-  tasks, rng = repeat(found, 1), np.random.default_rng(config.seed)
-  judge, equal = Judge(config, setting, tasks), equal_weights(tasks)
-  space = search_space(setting, np.ones(2))
-  candidates = [{name: float(setting.fixed[name]) for name in setting.space.spaces}]
-  candidates += [dict(space.sample(rng).hyperparameters) for _ in range(limits.num_trials - 1)]
-  losses = []
-  for candidate in candidates:
-    values = {name: np.full(limits.constant_tasks, value) for name, value in candidate.items()}
-    losses.append(judge.validation(values, equal, purpose=2))
-  # The objective is minus an improvement: 1 - improvement is a loss above 0 nearly always.
-  positive = 1.0 + np.asarray(losses)
-  best = candidates[int(np.argmin(np.where(np.isfinite(positive), positive, np.inf).mean(axis=1)))]
-  return {name: np.full(count, value) for name, value in best.items()}
+def best_constant(config: ml_collections.ConfigDict, setting: setting_lib.Setting) -> Mapping[str, float]:
+  """The hyperparameters that do best, with equal weights, over training tasks."""
+  count, rng = config.compare.constant_tasks, np.random.default_rng(config.seed)
+  tasks = repeat(meta_learn.sample_tasks(config, setting, "train", count, config.seed + 3), 1)
+  space, equal = search_space(setting, np.ones(2)), equal_weights(tasks)
+  candidates = [setting.defaults, *(space.sample(rng).hyperparameters for _ in range(config.compare.num_trials - 1))]
+  losses = [validation(setting, tasks, repeated(candidate, count), equal, purpose=2) for candidate in candidates]
+  # The objective's units are alike on all tasks already, and it may be below 0: no default loss divides it.
+  return candidates[baselines.best_constant(np.stack(losses), np.ones(count))]
 
 
-def coverage(learnt: meta_learn.Learnt, tasks: Tasks, judge: Judge, choice: Choice) -> float:
-  """Part of the outcomes of the predicted recipes that lie within their 90 % intervals."""
+def coverage(learnt: meta_learn.Learnt, tasks: Tasks, losses: jax.Array) -> float:
+  """Part of the test losses after the predicted recipes' runs that lie within their 90 % intervals."""
   prediction = learnt.predict(tasks.found.features)
-  observed = np.log(np.maximum(judge.test_losses(choice, purpose=1), 1e-6) / np.maximum(judge.test_base(), 1e-6))
-  half = learnt.spread_factor * np.exp(np.asarray(prediction.log_spread))
-  is_within = np.abs(observed - np.asarray(prediction.loss_ratio)) <= half
-  return float(is_within[np.asarray(tasks.found.tasks.ability_weight) > 0].mean())
+  base = setting_lib.task_scale(learnt.setting.scale["test"], tasks.found.tasks).base
+  half = learnt.spread_factor * jnp.exp(prediction.log_spread)
+  is_within = jnp.abs(metalearner.log_ratio(losses, base) - prediction.loss_ratio) <= half
+  return float(is_within[tasks.found.tasks.ability_weight > 0].mean())
 
 
 def _mixture_figures(choice: Choice, tasks: Tasks) -> dict[str, float | None]:

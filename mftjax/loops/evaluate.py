@@ -1,7 +1,6 @@
 """Loss and exact match of every ability, on test data that neither training nor meta-training saw."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -10,7 +9,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from mftjax import command, models, sft
+from mftjax import command, files, models, sft
 from mftjax import config as config_lib
 from mftjax.data import mixture, sources, tokens
 from mftjax.loops import task as task_lib
@@ -51,6 +50,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     `{"tokens", "abilities", "rows": [{"name", "loss", "exact_match", "mean_loss", "mean_exact_match",
     "tokens"}]}`, losses in nats per target token, tokens those of the fine-tuning run.
   """
+  config_lib.need_sources(config)
   command.check_workdir(config, workdir)
   base, tokenizer = task_lib.load_model(config)
   limits = config.evaluate
@@ -88,9 +88,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
       }
     )
   result = {"tokens": config.budget_tokens, "abilities": list(examples), "rows": table}
-  part_file = workdir / "evaluation.json.part"
-  part_file.write_text(json.dumps(result, indent=2) + "\n")
-  os.replace(part_file, workdir / "evaluation.json")
+  files.write_json(workdir / "evaluation.json", result)
   return result
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,10 @@ from absl import logging
 from mftjax import checkpoint, command, errors, metagrad, models, recipe, sft, tracking
 from mftjax import config as config_lib
 from mftjax.data import mixture
-from mftjax.loops import meta_train, predict
+from mftjax.loops import curriculum, meta_train, predict
 from mftjax.loops import task as task_lib
+
+_OF_THE_RUN = ("num_steps", "lora_alpha")  # hyperparameters that `sft` does not read itself
 
 
 def read_recipe(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: str) -> tuple[str, dict[str, Any]]:
@@ -38,8 +40,8 @@ def read_recipe(config: ml_collections.ConfigDict, workdir: pathlib.Path, given:
     if name not in config.sources:
       raise errors.unknown_name(f"source in {path}", name, config.sources)
   for name in found["hyperparameters"]:
-    if name not in (*sft.NAMES, "num_steps"):
-      raise errors.unknown_name(f"hyperparameter in {path}", name, (*sft.NAMES, "num_steps"))
+    if name not in (*sft.NAMES, *_OF_THE_RUN):
+      raise errors.unknown_name(f"hyperparameter in {path}", name, (*sft.NAMES, *_OF_THE_RUN))
   rank = found["hyperparameters"].get("lora_rank", 0)
   if rank > config.lora.rank:
     raise errors.InputError(f"lora_rank = {rank} in {path} is above config.lora.rank = {config.lora.rank}.")
@@ -61,6 +63,31 @@ def run_length(config: ml_collections.ConfigDict, hyperparameters: Mapping[str, 
   return batch_size, num_steps, next(n for n in range(fewest, batch_size + 1) if batch_size % n == 0)
 
 
+def inner_hyperparameters(config: ml_collections.ConfigDict, hyperparameters: Mapping[str, float]) -> dict[str, float]:
+  """The hyperparameters of a recipe that the inner step reads, for the LoRA that the config has.
+
+  A rank that is the LoRA's own is left out. The recipe's alpha / rank becomes a part of `lora_scale`, unless it is the
+  config's.
+  """
+  values = dict(hyperparameters)
+  for name in ("batch_size", "num_steps", "stop_fraction"):
+    values.pop(name, None)
+  rank, alpha = values.get("lora_rank", config.lora.rank), values.pop("lora_alpha", None)
+  if alpha is not None and config.lora.rank:
+    ratio = alpha / rank / (config.lora.alpha / config.lora.rank)
+    if abs(ratio - 1) > 1e-6:
+      values["lora_scale"] = values.get("lora_scale", 1.0) * ratio
+  if rank == config.lora.rank:
+    values.pop("lora_rank", None)
+  return values
+
+
+def proposal(found: Mapping[str, Any], names: Sequence[str], step: int, num_steps: int) -> np.ndarray:
+  """`[num_sources]` probabilities of the sources at a step of a recipe's run: its mixture there."""
+  weights = recipe.mixture_at(found, float(curriculum.progress(np.asarray(step), num_steps)))
+  return mixture.proposal(np.asarray([weights.get(name, 0.0) for name in names], np.float64), 0.0)
+
+
 def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: str) -> pathlib.Path:
   """Train by a recipe and export the model; returns `WORKDIR/finetune/NAME/model`.
 
@@ -68,16 +95,14 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
     InputError: recipe, data, model or workdir do not fit; before anything is written.
     MftError: the training loss is not finite.
   """
+  config_lib.need_sources(config)
   command.check_workdir(config, workdir)
   name, found = read_recipe(config, workdir, given)
   network, tokenizer = task_lib.build_network(config)
   rows = task_lib.source_rows(config, tokenizer)
   names = task_lib.names(config.sources)
-  weights = np.asarray([found["mixture"].get(source, 0.0) for source in names], np.float64)
-  proposal = mixture.proposal(weights, 0.0)
-  values = dict(found["hyperparameters"])
-  batch_size, num_steps, micro_batches = run_length(config, values)
-  values = {key: value for key, value in values.items() if key not in ("batch_size", "num_steps", "stop_fraction")}
+  batch_size, num_steps, micro_batches = run_length(config, found["hyperparameters"])
+  values = inner_hyperparameters(config, found["hyperparameters"])
   stream = mixture.Stream(rows, batch_size, config.seed + 2)
   learned = meta_train.restore(config, network, workdir) if name == "learnt" and network.memory is not None else None
   memory = learned[1].meta_params["memory"] if learned else network.memory
@@ -86,10 +111,10 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   folder.mkdir(parents=True, exist_ok=True)
   recipe.save(found, folder / "recipe.json")
 
-  # Rows are drawn from the mixture itself, so every importance weight is 1.
+  # Rows are drawn from the mixture itself: equal logits over a uniform proposal give every one the weight 1.
   meta_params = {
     "hyperparameters": {key: jnp.float32(value) for key, value in values.items()},
-    "mixture_logits": jnp.log(jnp.maximum(jnp.asarray(proposal, jnp.float32), 1e-30)),
+    "mixture_logits": jnp.zeros(len(names), jnp.float32),
     "memory": memory,
   }
 
@@ -113,20 +138,20 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
       start, state = resumed[0], task_lib.unpure(state, resumed[1])
       stream.restore(resumed[2]["stream"])
       logging.warning("Going on from step %d in %s.", start, folder)
-    phase = f"finetune/{name}"
-    tracking.truncate(workdir / "metrics.jsonl", phase, start)
     tracker = tracking.Tracker(
       workdir,
       num_steps,
       title=f"fine-tune ({name})",
-      name=phase,
+      name=f"finetune/{name}",
       start_step=start,
       tokens_per_step=batch_size * config.length,
     )
     with tracker:
       for step in range(start, num_steps):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        state, loss = train_step(network.frozen, meta_params, state, stream.next(proposal), key)
+        batch = stream.next(proposal(found, names, step, num_steps))
+        batch = dataclasses.replace(batch, proposal=np.full_like(batch.proposal, 1 / len(names)))
+        state, loss = train_step(network.frozen, meta_params, state, batch, key)
         if not np.isfinite(float(loss)):
           raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")
         tracker.log(step + 1, {"loss": float(loss)})

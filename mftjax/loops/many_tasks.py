@@ -1,7 +1,6 @@
 """Programs that fine-tune a small model on many meta-tasks at once, and differentiate those runs."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax import nnx
 from mftjax import metagrad, sft, spaces, types
 from mftjax.data import meta_tasks
 
-_ABSENT = -30.0  # logit of a source that is not there: its weight is 1e-13 and its gradient nothing
+BATCH = 20  # tasks that a program runs at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +40,9 @@ class Model:
     return nnx.merge(self.graphdef, params).embed(batch.tokens)
 
 
-def masked_logits(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:
-  """`[max_sources]` logits whose softmax gives absent sources nothing."""
-  return jnp.where(source_mask > 0, mixture_logits, _ABSENT)
-
-
 def mixture(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:
   """`[max_sources]` weights, 0 for absent sources."""
-  weights = jax.nn.softmax(masked_logits(mixture_logits, source_mask)) * source_mask
+  weights = jax.nn.softmax(sft.masked_logits(mixture_logits, source_mask)) * source_mask
   return weights / weights.sum()
 
 
@@ -103,7 +97,7 @@ def problem(
   hyperparameters = lambda recipe: {**fixed, **space.constrain(recipe["hyperparameters"])}
 
   def inner_loss(params, recipe, batch, rng):
-    logits = masked_logits(recipe["mixture_logits"], task.source_mask)
+    logits = sft.masked_logits(recipe["mixture_logits"], task.source_mask)
     values = {"mixture_logits": logits, "memory": None}
     return sft.inner_loss(apply, params, values, batch, hyperparameters(recipe))
 
@@ -126,9 +120,9 @@ def value_and_grad(
   pools: meta_tasks.Pools,
   method: str = "mixed",
 ) -> Callable:
-  """`(recipe, task, objective_fn(losses) , key) -> (loss, grad, ability losses)` of one whole run from the base model.
+  """`(recipe, task, objective, key) -> (loss, grad, ability losses, is_finite)` of one run of the base model.
 
-  The run is differentiated over its whole horizon, so nothing is truncated.
+  The run is differentiated over its whole horizon, so nothing is truncated. Where it is not finite, the gradient is 0.
   """
 
   def call(recipe, task, objective, key):
@@ -142,26 +136,16 @@ def value_and_grad(
     state = metagrad.init(built, recipe, model.params)
     out = metagrad.value_and_grad(built, method)(recipe, state, batches, outer, run_key)
     grad = jax.tree.map(lambda g: jnp.where(out.metrics["is_finite"], g, 0.0), out.grad)
-    return out.loss, grad, out.metrics["aux"]
+    return out.loss, grad, out.metrics["aux"], out.metrics["is_finite"]
 
   return call
 
 
-def outcome(
-  model: Model,
-  run: Run,
-  fixed: Mapping[str, float],
-  pools: meta_tasks.Pools,
-  measured: Mapping[str, jax.Array],
-  num_rows: int,
-) -> Callable:
-  """`(values, weights, task, key) -> [max_abilities]` losses after an ordinary run.
+def train(model: Model, run: Run, fixed: Mapping[str, float], pools: meta_tasks.Pools) -> Callable:
+  """`(values, weights, task, key) -> params` after an ordinary run.
 
   Rows are drawn from the mixture itself, as `finetune` does. `values` are constrained hyperparameters, `weights`
   `[max_sources]` the mixture, and `task.budget` is the part of the run that is trained.
-
-  Args:
-    measured: held-out rows that the losses are taken on, `num_rows` of each ability.
   """
   apply = lambda params, memory, batch: model.apply(params, batch)
 
@@ -180,25 +164,26 @@ def outcome(
     optimizer = lambda _: sft.optimizer(all_values, run.num_steps, largest_batch=run.batch_size)
     built = metagrad.Problem(inner_loss, inner_loss, optimizer)
     state = metagrad.init(built, None, model.params)
-    state, _ = metagrad.run(built, None, state, batches, jax.random.split(key, run.num_steps))
-    return ability_losses(model, state.params, held_out(measured, task, num_rows), len(task.ability_weight))
+    return metagrad.run(built, None, state, batches, jax.random.split(key, run.num_steps))[0].params
 
   return call
 
 
-def mapped(fn: Callable, batch_size: int) -> Callable:
-  """`fn` over the leading axis of all its arguments, `batch_size` at once; compiled once for any number of that many.
+def measure(model: Model, rows: Mapping[str, jax.Array], num_rows: int) -> Callable:
+  """`(params, task) -> [max_abilities]` losses on held-out rows, `num_rows` of each ability."""
+  return lambda params, task: ability_losses(model, params, held_out(rows, task, num_rows), len(task.ability_weight))
+
+
+def in_batches(program: Callable, args: Any, index: np.ndarray | None = None, batch_size: int = BATCH) -> Any:
+  """`program(*args)` over the leading axis of all arguments, `batch_size` at once.
 
   The last batch is filled up with copies, so that no number of tasks compiles anew.
+
+  Args:
+    index: places to compute, all by default.
   """
-  jitted = jax.jit(jax.vmap(fn))
-  take = lambda index, tree: jax.tree.map(lambda x: x[index], tree)
-
-  @functools.wraps(fn)
-  def call(*args):
-    count = len(jax.tree.leaves(args)[0])
-    places = [np.arange(start, start + batch_size) for start in range(0, count, batch_size)]
-    parts = [jitted(*take(np.minimum(place, count - 1), args)) for place in places]
-    return take(np.arange(count), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
-
-  return call
+  take = lambda places: jax.tree.map(lambda x: x[places], args)
+  index = np.arange(len(jax.tree.leaves(args)[0])) if index is None else np.asarray(index)
+  places = [np.minimum(np.arange(i, i + batch_size), len(index) - 1) for i in range(0, len(index), batch_size)]
+  parts = [program(*take(index[place])) for place in places]
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(index)], *parts)

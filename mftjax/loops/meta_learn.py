@@ -17,7 +17,7 @@ from flax import nnx
 from mftjax import checkpoint, command, features, metalearner, tracking
 from mftjax import config as config_lib
 from mftjax.data import meta_tasks
-from mftjax.loops import many_tasks
+from mftjax.loops import learnt
 from mftjax.loops import setting as setting_lib
 from mftjax.loops import task as task_lib
 
@@ -47,16 +47,17 @@ def sample_tasks(
   return TaskSet(tasks, setting_lib.probe_tasks(setting, tasks, seed))
 
 
-def init_learner(config: ml_collections.ConfigDict, setting: setting_lib.Setting, found: TaskSet) -> tuple[Any, Any]:
+def init_learner(
+  config: ml_collections.ConfigDict, setting: setting_lib.Setting, found: TaskSet
+) -> tuple[Any, LearnerState]:
   """`(graphdef, state)` of an untrained meta-learner whose normalisers fit these tasks."""
-  initial = setting.space.init(config_lib.initial_hyperparameters(config))
-  learner = metalearner.MetaLearner(
-    initial, config_lib.shared(config), config.learner.width, rngs=nnx.Rngs(config.seed)
-  )
+  learner = learnt.build(config)
   learner.fit_normaliser(found.features)
-  return nnx.split(learner)
+  graphdef, state = nnx.split(learner)
+  return graphdef, LearnerState(state, outer_optimizer(config).init(state))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def predict(graphdef: Any, state: Any, task_features: features.Features) -> metalearner.Prediction:
   """Predictions for `[num_tasks, ...]` features."""
   return jax.vmap(lambda one: nnx.merge(graphdef, state)(one))(task_features)
@@ -76,53 +77,39 @@ def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
   return optax.partition({"train": optax.adam(rate, b1=0.9, b2=0.99), "fixed": optax.set_to_zero()}, labels)
 
 
-def recipe_gradients(config: ml_collections.ConfigDict, setting: setting_lib.Setting):
-  """`(recipes, tasks, keys) -> (objective, gradient, ability losses)`, `[num_tasks, ...]`, each gradient clipped.
-
-  Clipping by task keeps one unstable run from ruling the others.
-  """
-  differentiate = many_tasks.value_and_grad(
-    setting.model, setting.run, setting.space, setting.fixed, setting.pools, config.meta.method
-  )
-
-  def one(recipe, task, key):
-    scale = setting_lib.task_scale(setting.validation, task)
-    objective = setting_lib.build_objective(scale, task.ability_weight, config.objective.name)
-    loss, grad, losses = differentiate(recipe, task, objective, key)
-    norm = optax.global_norm(grad)
-    factor = jnp.minimum(1.0, config.meta.clip_norm / jnp.maximum(norm, 1e-12))
-    return loss, jax.tree.map(lambda g: factor * g, grad), losses
-
-  return jax.vmap(one)
-
-
 def build_outer_step(config: ml_collections.ConfigDict, setting: setting_lib.Setting, graphdef: Any):
   """`(state, TaskSet [tasks_per_step, ...], key) -> (state, metrics)`, jitted.
 
-  The recipes' meta-gradients and the outcome head's likelihood go back through the meta-learner together.
+  The recipes' meta-gradients and the outcome head's likelihood go back through the meta-learner together. A task whose
+  run is not finite is left out; a step without any other, or whose gradient is not finite, leaves the state as it was.
   """
-  optimizer, gradients = outer_optimizer(config), recipe_gradients(config, setting)
+  optimizer = outer_optimizer(config)
 
   @jax.jit
   def outer_step(state, batch, key):
-    weight = batch.tasks.ability_weight
-    prediction = predict(graphdef, state.learner, batch.features)
-    loss, grad, losses = gradients(recipes(prediction), batch.tasks, jax.random.split(key, len(weight)))
-    scale = jax.vmap(functools.partial(setting_lib.task_scale, setting.validation))(batch.tasks)
-    log_ratio = jnp.log(jnp.maximum(losses, 1e-6) / jnp.maximum(scale.base, 1e-6))
-
-    def surrogate(learner):
-      # Its gradient in the recipes is the meta-gradient, whatever its value.
-      again = predict(graphdef, learner, batch.features)
-      inner = jax.tree.map(lambda x, g: jnp.vdot(x, g), recipes(again), jax.lax.stop_gradient(grad))
-      fit = jax.vmap(metalearner.outcome_loss)(again, log_ratio, weight).mean()
-      return sum(jax.tree.leaves(inner)) / len(weight) + config.learner.outcome_weight * fit, fit
-
-    learner_grad, fit = jax.grad(surrogate, has_aux=True)(state.learner)
+    weight, base = batch.tasks.ability_weight, setting_lib.task_scale(setting.scale["validation"], batch.tasks).base
+    prediction, pull = jax.vjp(lambda learner: predict(graphdef, learner, batch.features), state.learner)
+    keys = jax.random.split(key, len(weight))
+    loss, grad, losses, is_run_finite = setting.gradients(recipes(prediction), batch.tasks, keys)
+    mean = lambda values: jnp.where(is_run_finite, values, 0.0).sum() / is_run_finite.sum()
+    # Masked before any arithmetic: a NaN that is masked after it comes back in the gradient.
+    observed = jnp.where(is_run_finite[:, None], metalearner.log_ratio(losses, base), 0.0)
+    outcome_loss = lambda prediction: mean(jax.vmap(metalearner.outcome_loss)(prediction, observed, weight))
+    fit, pulled = jax.value_and_grad(outcome_loss)(prediction)
+    pulled = jax.tree.map(lambda g: config.learner.outcome_weight * g, pulled)
+    pulled = pulled.replace(**jax.tree.map(lambda g: g / is_run_finite.sum(), grad))
+    (learner_grad,) = pull(pulled)
     updates, opt_state = optimizer.update(learner_grad, state.opt_state, state.learner)
     after = LearnerState(optax.apply_updates(state.learner, updates), opt_state)
-    metrics = {"objective": loss.mean(), "outcome_loss": fit, "grad_norm": optax.global_norm(learner_grad)}
-    return after, metrics
+    is_finite = is_run_finite.any() & jnp.isfinite(optax.global_norm(learner_grad))
+    metrics = {
+      "objective": mean(loss),
+      "outcome_loss": fit,
+      "grad_norm": optax.global_norm(learner_grad),
+      "non_finite_tasks": (~is_run_finite).sum(),
+      "is_finite": is_finite,
+    }
+    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state), metrics
 
   return outer_step
 
@@ -138,15 +125,9 @@ def calibrate(
 
 def outcomes(setting: setting_lib.Setting, found: Any, tasks: meta_tasks.MetaTask, seed: int) -> np.ndarray:
   """`[num_tasks, max_abilities]` log(test loss after a run by the recipe / test loss of the base model)."""
-  values = jax.vmap(setting.space.constrain)(found["hyperparameters"])
-  weights = jax.vmap(many_tasks.mixture)(found["mixture_logits"], tasks.source_mask)
-  run = many_tasks.outcome(
-    setting.model, setting.run, setting.fixed, setting.pools, setting.pools.test, setting.run.test_rows
-  )
   keys = jax.random.split(jax.random.key(seed), len(tasks.budget))
-  losses = many_tasks.mapped(run, 16)(values, weights, tasks, keys)
-  scale = jax.vmap(functools.partial(setting_lib.task_scale, setting.test))(tasks)
-  return np.log(np.maximum(losses, 1e-6) / np.maximum(scale.base, 1e-6))
+  losses = setting.outcome("test", *setting_lib.constrained(setting, found, tasks), tasks, keys)
+  return np.asarray(metalearner.log_ratio(losses, setting_lib.task_scale(setting.scale["test"], tasks).base))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,28 +153,35 @@ def default_recipes(config: ml_collections.ConfigDict, setting: setting_lib.Sett
 
 
 def meta_learn(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Learnt:
-  """Runs the outer steps that are still to do and calibrates; checkpoints and `metrics.jsonl` go into the workdir."""
+  """Runs the outer steps that are still to do and calibrates; checkpoints and `metrics.jsonl` go into the workdir.
+
+  Raises:
+    InputError: config or workdir do not fit; before anything is written.
+    MftError: `meta.max_skipped` outer steps in a row were not finite; the tasks that did it are in the workdir.
+  """
   command.check_workdir(config, workdir)
   setting = setting_lib.build(config)
-  found = sample_tasks(config, setting, "train", config.tasks.num_train, config.seed)
+  held_out = sample_tasks(config, setting, "validation", config.tasks.num_validation, config.seed + 1)
   command.claim_workdir(config, workdir)
-  graphdef, learner = init_learner(config, setting, found)
-  state, start = LearnerState(learner, outer_optimizer(config).init(learner)), 0
-  outer_step = build_outer_step(config, setting, graphdef)
+  graphdef, state = init_learner(config, setting, held_out)  # a state to restore into
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
     resumed = checkpoints.restore(task_lib.pure(state))
+    start = resumed[0] if resumed else 0
+    if start < config.meta.outer_steps:
+      found = sample_tasks(config, setting, "train", config.tasks.num_train, config.seed)
     if resumed:
-      start, state = resumed[0], task_lib.unpure(state, resumed[1])
+      state = task_lib.unpure(state, resumed[1])
       logging.warning("Going on from outer step %d in %s.", start, workdir)
-    tracking.truncate(workdir / "metrics.jsonl", "meta_learn", start)
-    tokens_per_step = config.learner.tasks_per_step * setting.run.num_steps * config.batch_size * config.length
+    else:
+      _, state = init_learner(config, setting, found)
+    outer_step, skipped = build_outer_step(config, setting, graphdef), 0
     tracker = tracking.Tracker(
       workdir,
       config.meta.outer_steps,
       title="meta-learn",
       name="meta_learn",
       start_step=start,
-      tokens_per_step=tokens_per_step,
+      tokens_per_step=config.learner.tasks_per_step * setting.run.num_steps * config.batch_size * config.length,
     )
     with tracker:
       for step in range(start, config.meta.outer_steps):
@@ -201,10 +189,16 @@ def meta_learn(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Lear
         index = rng.choice(config.tasks.num_train, config.learner.tasks_per_step, replace=False)
         batch = jax.tree.map(lambda x: x[index], found)  # noqa: B023 (used at once)
         state, measured = outer_step(state, batch, jax.random.fold_in(jax.random.key(config.seed), step))
+        skipped = 0 if measured.pop("is_finite") else skipped + 1
         line = {name: float(value) for name, value in measured.items()}
-        tracker.log(step + 1, {"loss": line["objective"], **line})
+        tracker.log(step + 1, {"loss": line["objective"], **line, "skipped": skipped})
+        task_lib.stop_if_skipped(config, workdir, skipped, batch)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
           checkpoints.save(step + 1, task_lib.pure(state), {})
-  held_out = sample_tasks(config, setting, "validation", config.tasks.num_validation, config.seed + 1)
   factor = calibrate(config, setting, graphdef, state.learner, held_out, config.seed + 1)
+  if not (workdir / learnt.FILE).exists():
+    if start >= config.meta.outer_steps:
+      found = sample_tasks(config, setting, "train", config.tasks.num_train, config.seed)
+    prediction = predict(graphdef, state.learner, found.features)
+    learnt.keep(config, workdir, setting, state.learner, factor, found.tasks, found.features, prediction)
   return Learnt(setting, graphdef, state.learner, factor)

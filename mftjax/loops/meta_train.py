@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -14,9 +15,10 @@ import numpy as np
 import optax
 from absl import logging
 
-from mftjax import checkpoint, command, errors, metagrad, objectives, sft, tracking
+from mftjax import checkpoint, command, metagrad, sft, tracking
 from mftjax import config as config_lib
 from mftjax.data import mixture
+from mftjax.loops import curriculum, outer_gradient, outer_objective
 from mftjax.loops import task as task_lib
 
 
@@ -24,20 +26,29 @@ from mftjax.loops import task as task_lib
 class OuterState:
   """All that an outer step changes on the device."""
 
-  meta_params: dict[str, Any]  # hyperparameters {name: f32}, mixture_logits [num_sources], memory
+  meta_params: dict[str, Any]  # hyperparameters {name: f32}, mixture_logits as of `curriculum.init`, memory
   opt_state: Any  # of the outer optimiser
   inner: metagrad.State  # the inner run that windows are cut from
+  objective: outer_objective.ObjectiveState  # what the objective carries
 
 
-def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, frozen: Any) -> metagrad.Problem:
-  """The bilevel problem of one task: SFT inside, the mean over abilities outside.
+def build_problem(
+  config: ml_collections.ConfigDict,
+  network: task_lib.Network,
+  frozen: Any,
+  objective: Callable[[jax.Array], jax.Array],
+) -> metagrad.Problem:
+  """The bilevel problem of one task: SFT inside, the objective over the abilities outside.
 
   Batches have `config.batch_size` rows; a learned batch size counts the first ones of them.
+
+  Args:
+    objective: `[num_abilities]` losses in nats -> scalar, e.g. `outer_objective.loss` with its state.
   """
   space = config_lib.space(config)
   fixed = config_lib.default_hyperparameters(config)
   apply = functools.partial(network.apply, frozen)
-  weights = task_lib.ability_weights(config)
+  num_abilities = len(config.abilities)
   hyperparameters = lambda meta_params: {**fixed, **space.constrain(meta_params["hyperparameters"])}
 
   def inner_loss(params, meta_params, batch, rng):
@@ -46,8 +57,8 @@ def build_problem(config: ml_collections.ConfigDict, network: task_lib.Network, 
   def outer_loss(params, meta_params, batch, rng):
     params = sft.adapted(params, hyperparameters(meta_params))
     losses, _ = sft.row_losses(apply(params, meta_params["memory"], batch), batch)
-    by_ability = sft.source_means(losses, batch, len(weights))
-    return objectives.weighted_mean(by_ability, jnp.asarray(weights)), by_ability
+    by_ability = sft.source_means(losses, batch, num_abilities)
+    return objective(by_ability), by_ability
 
   return task_lib.problem(
     config,
@@ -62,7 +73,7 @@ def init_meta_params(config: ml_collections.ConfigDict, network: task_lib.Networ
   """Uniform mixture, common hyperparameters, a memory that is the identity."""
   return {
     "hyperparameters": config_lib.space(config).init(config_lib.initial_hyperparameters(config)),
-    "mixture_logits": jnp.zeros(len(config.sources), jnp.float32),
+    "mixture_logits": curriculum.init(config),
     "memory": network.memory,
   }
 
@@ -86,28 +97,34 @@ def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
 def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Network):
   """`(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng) -> (state, metrics)`, jitted.
 
-  A step whose loss or meta-gradient is not finite leaves meta-parameters and inner run as they were.
+  A step whose loss or meta-gradient is not finite leaves all but the start of a fresh inner run as it was.
   """
   outer = outer_optimizer(config)
   options = config_lib.method_options(config)
 
   @jax.jit
   def outer_step(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng):
-    problem = build_problem(config, network, frozen)
+    build = functools.partial(build_problem, config, network, frozen)
+    problem = build(functools.partial(outer_objective.loss, config, state.objective))
     fresh = metagrad.init(problem, state.meta_params, fresh_params, config.meta.method, **options)
     inner = jax.tree.map(lambda new, old: jnp.where(is_fresh, new, old), fresh, state.inner)
-    out = metagrad.value_and_grad(problem, config.meta.method, **options)(
-      state.meta_params, inner, inner_batches, outer_batch, rng
-    )
+    window = (inner, inner_batches, outer_batch, rng)
+    out = outer_gradient.value_and_grad(config, build, state.objective)(state.meta_params, *window)
     updates, opt_state = outer.update(out.grad, state.opt_state, state.meta_params)
-    after = OuterState(optax.apply_updates(state.meta_params, updates), opt_state, out.state)
-    is_finite = out.metrics["is_finite"]
+    meta_params = optax.apply_updates(state.meta_params, updates)
+    is_famo = config.objective.balancing == "famo"
+    losses_after = outer_gradient.losses_after(problem, meta_params, *window) if is_famo else None
+    objective = outer_objective.update(config, state.objective, out.metrics["aux"], losses_after)
+    after = OuterState(meta_params, opt_state, out.state, objective)
+    # FAMO looks at losses after the step, which may be the first that are not.
+    is_finite = out.metrics["is_finite"] & jnp.isfinite(optax.global_norm(objective))
     after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state.replace(inner=inner))
     metrics = {
       "outer_loss": out.loss,
       "inner_loss": jnp.mean(out.metrics["inner_loss"]),
       "grad_norm": optax.global_norm(out.grad),
       "ability_loss": out.metrics["aux"],
+      "alignment": out.metrics.get("alignment"),
       "is_finite": is_finite,
       "finite": out.metrics.get("finite", {}),
     }
@@ -117,7 +134,7 @@ def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Networ
 
 
 def readable(config: ml_collections.ConfigDict, meta_params: Any) -> tuple[dict[str, float], dict[str, float]]:
-  """The hyperparameters and the mixture that the meta-parameters stand for, by name.
+  """The hyperparameters and the mixture, averaged over the run, that the meta-parameters stand for, by name.
 
   Ordered hyperparameters are rounded to an allowed value, a batch size to whole rows, and with a learned batch size
   `num_steps` is there too: the steps in which it uses the whole budget.
@@ -127,12 +144,8 @@ def readable(config: ml_collections.ConfigDict, meta_params: Any) -> tuple[dict[
   if "batch_size" in values:
     values["batch_size"] = float(round(values["batch_size"]))
     values["num_steps"] = float(config_lib.num_steps(config, round(values["batch_size"])))
-  weights = np.asarray(jax.nn.softmax(meta_params["mixture_logits"]), np.float64)
-  names = task_lib.names(config.sources)
-  return (
-    values,
-    {name: float(weight) for name, weight in zip(names, weights / weights.sum(), strict=True)},
-  )
+  weights = curriculum.average(meta_params["mixture_logits"], horizon(config, meta_params))
+  return values, dict(zip(task_lib.names(config.sources), map(float, weights), strict=True))
 
 
 def horizon(config: ml_collections.ConfigDict, meta_params: Any) -> int:
@@ -158,12 +171,12 @@ def draw_run_length(config: ml_collections.ConfigDict, step: int, num_steps: int
 
 
 def init_state(config: ml_collections.ConfigDict, network: task_lib.Network) -> OuterState:
-  """The state before the first outer step."""
+  """The state before the first outer step, but for the losses that `outer_objective.start` finds."""
   meta_params = init_meta_params(config, network)
-  problem = build_problem(config, network, network.frozen)
+  problem = build_problem(config, network, network.frozen, jnp.mean)  # its optimiser only
   options = config_lib.method_options(config)
   inner = metagrad.init(problem, meta_params, network.params, config.meta.method, **options)
-  return OuterState(meta_params, outer_optimizer(config).init(meta_params), inner)
+  return OuterState(meta_params, outer_optimizer(config).init(meta_params), inner, outer_objective.init(config))
 
 
 def restore(config: ml_collections.ConfigDict, network: task_lib.Network, workdir: pathlib.Path):
@@ -191,18 +204,18 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
   stream = mixture.Stream(rows, config.batch_size, config.seed)
   ability_stream = mixture.Stream(held_out, num_abilities * config.meta.ability_rows, config.seed + 1)
   uniform = np.full(num_abilities, 1 / num_abilities)
+  found = restore(config, network, workdir)
+  objective = found[1].objective if found else outer_objective.start(config, network, held_out)
   command.claim_workdir(config, workdir)
 
-  state, start = init_state(config, network), 0
+  state, start = dataclasses.replace(init_state(config, network), objective=objective), 0
   run_length = draw_run_length(config, 0, horizon(config, state.meta_params))
-  found = restore(config, network, workdir)
   if found:
     start, state, data = found
     stream.restore(data["stream"])
     ability_stream.restore(data["ability_stream"])
     run_length = data["run_length"]
     logging.warning("Going on from outer step %d in %s.", start, workdir)
-  tracking.truncate(workdir / "metrics.jsonl", "meta_train", start)
   outer_step = build_outer_step(config, network)
   inner_steps_done, skipped = int(state.inner.step), 0
   tokens_per_step = length * config.batch_size * config.length
@@ -216,37 +229,35 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
   )
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints, tracker:
     for step in range(start, config.meta.outer_steps):
-      weights = np.asarray(jax.nn.softmax(state.meta_params["mixture_logits"]), np.float64)
-      proposal = mixture.proposal(weights, config.meta.uniform_fraction)
-      inner_batches = task_lib.stack([stream.next(proposal) for _ in range(length)])
-      outer_batch = ability_stream.next(uniform)
+      num_steps = horizon(config, state.meta_params)
       is_fresh = inner_steps_done + length > run_length
       if is_fresh:
-        run_length = draw_run_length(config, step, horizon(config, state.meta_params))
+        inner_steps_done, run_length = 0, draw_run_length(config, step, num_steps)
+      logits = state.meta_params["mixture_logits"]
+      inner_batches = curriculum.draw(config, stream, logits, inner_steps_done, length, num_steps)
+      outer_batch = ability_stream.next(uniform)
       key = jax.random.fold_in(jax.random.key(config.seed), step)
       if config.meta.check and step == 0:
-        _check(config, network, state.meta_params, inner_batches, outer_batch, key)
+        _check(config, network, state, inner_batches, outer_batch, key)
       state, metrics = outer_step(network.frozen, state, network.params, is_fresh, inner_batches, outer_batch, key)
       inner_steps_done = int(state.inner.step)
       skipped = 0 if bool(metrics["is_finite"]) else skipped + 1
       if skipped:
         logging.warning("Outer step %d is not finite and was skipped: %s.", step, _non_finite_terms(metrics["finite"]))
       tracker.log(step + 1, _line(config, state, metrics, skipped))
-      if skipped >= config.meta.max_skipped:
-        path = workdir / "non_finite_batch.npz"
-        np.savez(path, **task_lib.pure({"inner": inner_batches, "outer": outer_batch}))
-        raise errors.MftError(f"{skipped} outer steps in a row were not finite; the last batch is in {path}.")
+      task_lib.stop_if_skipped(config, workdir, skipped, {"inner": inner_batches, "outer": outer_batch})
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
         data = {"stream": stream.state(), "ability_stream": ability_stream.state(), "run_length": run_length}
         checkpoints.save(step + 1, task_lib.pure(state), data)
 
 
-def _check(config: ml_collections.ConfigDict, network: task_lib.Network, meta_params, inner_batches, outer_batch, key):
+def _check(config: ml_collections.ConfigDict, network: task_lib.Network, state, inner_batches, outer_batch, key):
   """Logs how far the method is from f64 reverse mode on a few steps and rows of this run."""
   build = functools.partial(metagrad.value_and_grad, method=config.meta.method, **config_lib.method_options(config))
-  problem = dataclasses.replace(build_problem(config, network, network.frozen), micro_batches=1)
+  objective = functools.partial(outer_objective.loss, config, state.objective)
+  problem = dataclasses.replace(build_problem(config, network, network.frozen, objective), micro_batches=1)
   report = metagrad.check(
-    problem, build, meta_params, network.params, inner_batches, outer_batch, key, num_rows=2, tolerance=1e-3
+    problem, build, state.meta_params, network.params, inner_batches, outer_batch, key, num_rows=2, tolerance=1e-3
   )
   logging.warning("Method %s against f64 reverse mode:\n%s", config.meta.method, report.table())
 
@@ -260,7 +271,13 @@ def _non_finite_terms(finite: dict[str, Any]) -> str:
 
 def _line(config: ml_collections.ConfigDict, state: OuterState, metrics: Any, skipped: int) -> dict[str, Any]:
   hyperparameters, weights = readable(config, state.meta_params)
-  losses = np.asarray(metrics["ability_loss"])
+  by_ability = lambda values: dict(zip(task_lib.names(config.abilities), map(float, values), strict=True))
+  more: dict[str, Any] = dict(outer_objective.readable(config, state.objective))
+  if metrics["alignment"] is not None:
+    more["alignment"] = by_ability(metrics["alignment"])
+  schedule = curriculum.schedule(config, state.meta_params["mixture_logits"])
+  if schedule is not None:
+    more["mixture_schedule"] = [knot["mixture"] for knot in schedule]
   return {
     "loss": float(metrics["outer_loss"]),
     "outer_loss": float(metrics["outer_loss"]),
@@ -270,5 +287,6 @@ def _line(config: ml_collections.ConfigDict, state: OuterState, metrics: Any, sk
     "skipped": skipped,
     "hyperparameters": hyperparameters,
     "mixture": weights,
-    "ability_loss": dict(zip(task_lib.names(config.abilities), map(float, losses), strict=True)),
+    "ability_loss": by_ability(metrics["ability_loss"]),
+    **more,
   }

@@ -2,13 +2,14 @@
 
 import pathlib
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from mftjax import command, errors, recipe, tracking
 from mftjax import config as config_lib
-from mftjax.loops import meta_train
+from mftjax.loops import curriculum, meta_train
 from mftjax.loops import task as task_lib
 
 
@@ -28,8 +29,11 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib
   lines = [line for line in tracking.read(workdir / "metrics.jsonl") if line["phase"] == "meta_train"]
   path = workdir / "recipe.json"
   found_recipe = default_recipe(config)
-  found_recipe["hyperparameters"].update(learned)
+  found_recipe["hyperparameters"].update(learned | adapter(config, learned))
   found_recipe["mixture"] = weights
+  schedule = curriculum.schedule(config, state.meta_params["mixture_logits"])
+  if schedule is not None:
+    found_recipe["mixture_schedule"] = schedule
   found_recipe["predicted"] = {"ability_loss": lines[-1]["ability_loss"], "outer_steps": step}
   recipe.save(found_recipe, path)
   return path
@@ -37,9 +41,10 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib
 
 def default_recipe(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What one would take without learning: uniform mixture, common hyperparameters, the same budget."""
+  values = config_lib.default_hyperparameters(config) | run_length(config)
   return recipe.default(
     task_lib.names(config.sources),
-    {**config_lib.default_hyperparameters(config), **run_length(config)},
+    values | adapter(config, values),
     task=config.task,
     model=config.model.path or "random",
     provenance=provenance(config),
@@ -49,6 +54,14 @@ def default_recipe(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def run_length(config: ml_collections.ConfigDict) -> dict[str, int]:
   """The budget in the recipe's words."""
   return {"batch_size": config.batch_size, "num_steps": config_lib.num_steps(config)}
+
+
+def adapter(config: ml_collections.ConfigDict, hyperparameters: Mapping[str, float]) -> dict[str, float]:
+  """The LoRA in the recipe's words, empty without one: its rank, and the alpha whose quotient is the config's."""
+  if not config.lora.rank:
+    return {}
+  rank = hyperparameters.get("lora_rank", config.lora.rank)
+  return {"lora_rank": rank, "lora_alpha": config.lora.alpha * rank / config.lora.rank}
 
 
 def provenance(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a meta-training over many tasks stands on: the base model, the pools, and what single-task tuning gains."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from flax import nnx
 
 from mftjax import config as config_lib
@@ -30,7 +32,7 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """All that tasks have in common."""
+  """All that tasks have in common, and the programs that run them, each compiled once."""
 
   model: many_tasks.Model
   run: many_tasks.Run
@@ -39,12 +41,77 @@ class Setting:
   fixed: Mapping[str, float]  # hyperparameters that nothing moves, and the defaults of those that are moved
   probe: features.Probe
   static: jax.Array  # [num_pools, num_static]
-  validation: Scale  # of each held-out pool
-  test: Scale
+  scale: Mapping[str, Scale]  # "validation" and "test", of each held-out pool
+  objective: objectives.Objective  # by which recipes are chosen
+  method: str  # of the meta-gradient
+  clip_norm: float  # of each task's meta-gradient
+
+  @property
+  def defaults(self) -> dict[str, float]:
+    """The hyperparameters that are learned, at their defaults."""
+    return {name: float(self.fixed[name]) for name in self.space.spaces}
+
+  def outcome(
+    self,
+    part: str,
+    values: Mapping[str, Any],
+    weights: Any,
+    tasks: meta_tasks.MetaTask,
+    keys: jax.Array,
+    fraction: float = 1.0,
+    index: np.ndarray | None = None,
+  ) -> jax.Array:
+    """`[num_tasks, max_abilities]` losses after ordinary runs, see `many_tasks.train`.
+
+    Args:
+      part: "validation" or "test", the rows that are measured.
+      fraction: part of the run's steps; a program of its own, so that what is not trained is not computed.
+      index: tasks to run, all by default.
+    """
+
+    def program(values, weights, tasks, keys):
+      return self._measure[part](self._train(fraction)(values, weights, tasks, keys), tasks)
+
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    return many_tasks.in_batches(program, (values, jnp.asarray(weights, jnp.float32), tasks, keys), index)
+
+  @functools.cached_property
+  def gradients(self) -> Callable:
+    """`(recipes, tasks, keys) -> (objective, gradient, ability losses, is_finite)`, each gradient clipped.
+
+    Clipping by task keeps one unstable run from ruling the others.
+    """
+    differentiate = many_tasks.value_and_grad(self.model, self.run, self.space, self.fixed, self.pools, self.method)
+
+    def one(recipe, task, key):
+      objective = build_objective(task_scale(self.scale["validation"], task), task.ability_weight, self.objective)
+      loss, grad, losses, is_finite = differentiate(recipe, task, objective, key)
+      factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(optax.global_norm(grad), 1e-12))
+      return loss, jax.tree.map(lambda g: factor * g, grad), losses, is_finite
+
+    return jax.jit(jax.vmap(one))
+
+  @functools.cached_property
+  def probing(self) -> Callable:
+    """`(tasks, keys) -> features`."""
+    return jax.jit(jax.vmap(functools.partial(_probe, self)))
+
+  @functools.cached_property
+  def _train(self) -> Callable:
+    @functools.cache
+    def of_fraction(fraction):
+      run = dataclasses.replace(self.run, num_steps=max(1, round(fraction * self.run.num_steps)))
+      return jax.jit(jax.vmap(many_tasks.train(self.model, run, self.fixed, self.pools)))
+
+    return of_fraction
+
+  @functools.cached_property
+  def _measure(self) -> dict[str, Callable]:
+    return {part: jax.jit(jax.vmap(fn)) for part, fn in _measures(self.model, self.run, self.pools).items()}
 
 
 def build(config: ml_collections.ConfigDict) -> Setting:
-  """Trains the base model on a little of every suite, and measures what single-task tuning gains on each.
+  """Trains the base model, and measures what single-task tuning gains on each suite.
 
   All of it is made anew from the config's seed, in about a minute with models of the size it is for.
 
@@ -59,22 +126,40 @@ def build(config: ml_collections.ConfigDict) -> Setting:
   model = many_tasks.Model(*nnx.split(decoder))
   if not config.model.path:
     model = dataclasses.replace(model, params=_train_base(model, pools, config))
+  setting = assemble(config, model, pools, {})
+  return dataclasses.replace(setting, scale=_references(model, setting.run, setting.fixed, pools))
+
+
+def assemble(
+  config: ml_collections.ConfigDict,
+  model: many_tasks.Model,
+  pools: meta_tasks.Pools,
+  scale: Mapping[str, Scale],
+) -> Setting:
+  """The setting of these parts, by the config."""
   num_steps = config_lib.num_steps(config)
   run = many_tasks.Run(
     num_steps, config.batch_size, config.tasks.validation_rows, config.tasks.test_rows, config.meta.uniform_fraction
   )
   fixed = config_lib.default_hyperparameters(config)
-  probe = features.Probe(rows=config.probe.rows, num_steps=config.probe.num_steps, batch_size=config.probe.batch_size)
-  found = _references(model, run, fixed, pools)
-  return Setting(model, run, pools, config_lib.space(config), fixed, probe, _static(pools), *found)
+  probe = features.Probe(**config.probe)
+  objective = objectives.build(config.objective.name, **config_lib.objective_options(config))
+  outer = objective, config.meta.method, config.meta.clip_norm
+  return Setting(model, run, pools, config_lib.space(config), fixed, probe, _static(pools), scale, *outer)
 
 
 def _train_base(model: many_tasks.Model, pools: meta_tasks.Pools, config: ml_collections.ConfigDict) -> Any:
-  """Params after `tasks.base_steps` steps on equal parts of all clean pools."""
-  clean = np.asarray([i for i, name in enumerate(pools.names) if not name.endswith(("/redundant", "/corrupted"))])
+  """Params after `tasks.base_steps` steps on the base family and on wrong answers of all other suites.
+
+  So it knows what a code is and the form of every answer, and no code that a task is about.
+  """
+  is_known = lambda name: name.startswith("planted/") or name.removesuffix("/clean") in meta_tasks.BASE
+  known = [i for i, name in enumerate(pools.names) if is_known(name)]
+  wrong = [i for i, name in enumerate(pools.names) if name.endswith("/corrupted")]
+  shown = jnp.asarray(4 * known + wrong)
   steps, size, apply = config.tasks.base_steps, 32, lambda params, memory, batch: model.apply(params, batch)
   uniform = {"mixture_logits": jnp.zeros(1), "memory": None}
-  values = {"learning_rate": jnp.float32(3e-3)}
+  values = {"learning_rate": jnp.float32(5e-3)}
   loss = lambda params, _, batch, rng: sft.inner_loss(apply, params, uniform, batch)
   problem = metagrad.Problem(loss, loss, lambda _: sft.optimizer(values, steps))
 
@@ -82,7 +167,7 @@ def _train_base(model: many_tasks.Model, pools: meta_tasks.Pools, config: ml_col
   def train(params, key):
     def draw(key):
       pool_key, row_key = jax.random.split(key)
-      pool = jnp.asarray(clean)[jax.random.randint(pool_key, (size,), 0, len(clean))]
+      pool = jax.random.choice(pool_key, shown, (size,))
       row = jax.random.randint(row_key, (size,), 0, pools.train["tokens"].shape[1])
       fields = {name: array[pool, row] for name, array in pools.train.items()}
       return types.Batch(**fields, source=jnp.zeros(size, jnp.int32), proposal=jnp.ones(size))
@@ -96,7 +181,7 @@ def _train_base(model: many_tasks.Model, pools: meta_tasks.Pools, config: ml_col
 
 def _references(
   model: many_tasks.Model, run: many_tasks.Run, fixed: Mapping[str, float], pools: meta_tasks.Pools, num_seeds: int = 3
-) -> tuple[Scale, Scale]:
+) -> dict[str, Scale]:
   """Validation and test losses of each held-out pool: base model, and the best of `REFERENCE_RATES` on its own data."""
   names = pools.ability_names
   own = [pools.names.index(name if name in pools.names else f"{name}/clean") for name in names]
@@ -112,20 +197,23 @@ def _references(
   )
   grid = [(rate, seed) for rate in REFERENCE_RATES for seed in range(num_seeds)]
   rates, keys = jnp.asarray([rate for rate, _ in grid]), jax.vmap(jax.random.key)(jnp.asarray([s for _, s in grid]))
-  parts = ((pools.validation, run.validation_rows), (pools.test, run.test_rows))
+  train, measures = many_tasks.train(model, run, fixed, pools), _measures(model, run, pools)
 
-  @jax.jit
   def of_pool(task):
-    tuned, base = [], []
-    for rows, num_rows in parts:
-      trained = many_tasks.outcome(model, run, fixed, pools, rows, num_rows)
-      losses = jax.vmap(lambda rate, key: trained({"learning_rate": rate}, jnp.ones(1), task, key)[0])(rates, keys)  # noqa: B023 (used at once)
-      tuned.append(losses.reshape(len(REFERENCE_RATES), num_seeds).mean(axis=1))
-      base.append(many_tasks.ability_losses(model, model.params, many_tasks.held_out(rows, task, num_rows), 1)[0])
-    best = jnp.argmin(tuned[0])  # chosen on validation rows, for both
-    return tuple(Scale(*pair) for pair in zip(base, (losses[best] for losses in tuned), strict=True))
+    params = jax.vmap(lambda rate, key: train({"learning_rate": rate}, jnp.ones(1), task, key))(rates, keys)
+    tuned = {part: jax.vmap(lambda p, fn=fn: fn(p, task)[0])(params) for part, fn in measures.items()}
+    tuned = {part: losses.reshape(-1, num_seeds).mean(axis=1) for part, losses in tuned.items()}
+    best = jnp.argmin(tuned["validation"])  # for both
+    return {part: Scale(fn(model.params, task)[0], tuned[part][best]) for part, fn in measures.items()}
 
   return jax.lax.map(of_pool, tasks)
+
+
+def _measures(model: many_tasks.Model, run: many_tasks.Run, pools: meta_tasks.Pools) -> dict[str, Callable]:
+  return {
+    "validation": many_tasks.measure(model, pools.validation, run.validation_rows),
+    "test": many_tasks.measure(model, pools.test, run.test_rows),
+  }
 
 
 def _static(pools: meta_tasks.Pools) -> jax.Array:
@@ -134,7 +222,7 @@ def _static(pools: meta_tasks.Pools) -> jax.Array:
 
 
 def task_scale(scale: Scale, task: meta_tasks.MetaTask) -> Scale:
-  """Of held-out pools -> of the task's abilities, `[max_abilities]`.
+  """Of held-out pools -> of the task's abilities, `[max_abilities]`, or of many tasks.
 
   An ability that mixes planted answers cannot be known better than the entropy of the mixture lets it be.
   """
@@ -144,35 +232,44 @@ def task_scale(scale: Scale, task: meta_tasks.MetaTask) -> Scale:
   return Scale(mixed @ scale.base, mixed @ scale.reference + entropy)
 
 
-def build_objective(scale: Scale, weights: jax.Array, name: str = "normalised", **options: Any):
-  """`[max_abilities]` losses -> scalar, the config's objective on one task."""
+def build_objective(scale: Scale, weights: jax.Array, objective: objectives.Objective) -> Callable:
+  """`[max_abilities]` losses -> scalar, the objective on one task."""
   context = objectives.Context(weights=weights, base=scale.base, reference=scale.reference)
-  built = objectives.build(name, **options)
-  return lambda losses: built(losses, context)
+  return lambda losses: objective(losses, context)
 
 
-def probe_tasks(setting: Setting, tasks: meta_tasks.MetaTask, seed: int, batch_size: int = 16) -> features.Features:
+def constrained(setting: Setting, recipe: Any, tasks: meta_tasks.MetaTask) -> tuple[dict[str, jax.Array], jax.Array]:
+  """The hyperparameters' values and the weights `[num_tasks, max_sources]` of recipes."""
+  values = jax.vmap(setting.space.constrain)(recipe["hyperparameters"])
+  return values, jax.vmap(many_tasks.mixture)(recipe["mixture_logits"], tasks.source_mask)
+
+
+def probe_tasks(setting: Setting, tasks: meta_tasks.MetaTask, seed: int) -> features.Features:
   """Features of `[num_tasks, ...]` tasks."""
+  keys = jax.random.split(jax.random.key(seed), len(tasks.budget))
+  return many_tasks.in_batches(setting.probing, (tasks, keys))
+
+
+def _probe(setting: Setting, task: meta_tasks.MetaTask, key: jax.Array) -> features.Features:
   rows = setting.probe.rows
-
-  def one(task, key):
-    row_key, sketch_key = jax.random.split(key)
-    number = jax.random.randint(row_key, (len(task.source), rows), 0, setting.pools.train["tokens"].shape[1])
-    fields = {name: array[task.source[:, None], number] for name, array in setting.pools.train.items()}
-    source_rows = types.Batch(**fields, source=jnp.zeros_like(number), proposal=jnp.ones(number.shape))
-    flat = many_tasks.held_out(setting.pools.validation, task, rows)
-    ability_rows = jax.tree.map(lambda x: x.reshape(len(task.ability_weight), rows, *x.shape[1:]), flat)
-    return features.probe(
-      setting.model.apply,
-      setting.model.embed,
-      setting.model.params,
-      source_rows,
-      ability_rows,
-      setting.static[task.source],
-      task.source_mask,
-      task.ability_weight,
-      sketch_key,
-      setting.probe,
-    )
-
-  return many_tasks.mapped(one, batch_size)(tasks, jax.random.split(jax.random.key(seed), len(tasks.budget)))
+  row_key, sketch_key = jax.random.split(key)
+  number = jax.random.randint(row_key, (len(task.source), rows), 0, setting.pools.train["tokens"].shape[1])
+  fields = {name: array[task.source[:, None], number] for name, array in setting.pools.train.items()}
+  source_rows = types.Batch(**fields, source=jnp.zeros_like(number), proposal=jnp.ones(number.shape))
+  num_held_out = setting.run.validation_rows
+  flat = many_tasks.held_out(setting.pools.validation, task, num_held_out)
+  # They stand in the order of an ability's pools: mixed, the first ones are like the others.
+  order = jax.random.permutation(row_key, num_held_out)
+  ability_rows = jax.tree.map(lambda x: x.reshape(-1, num_held_out, *x.shape[1:])[:, order], flat)
+  return features.probe(
+    setting.model.apply,
+    setting.model.embed,
+    setting.model.params,
+    source_rows,
+    ability_rows,
+    setting.static[task.source],
+    task.source_mask,
+    task.ability_weight,
+    sketch_key,
+    setting.probe,
+  )

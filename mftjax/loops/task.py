@@ -1,6 +1,7 @@
 """What a config names, made: the model split into what is trained and what is not, and the rows of data."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from mftjax import config as config_lib
 from mftjax import errors, metagrad, models, sft, types
 from mftjax.data import sources, tokens
 
 # Fields of an ability that say how it is measured, not where its examples are read from.
-_ABILITY_FIELDS = ("weight", "test_path", "test_split")
+_ABILITY_FIELDS = ("weight", "reference", "test_path", "test_split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,12 @@ def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> N
 
 
 def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
-  """The model with its LoRA and memory, taken apart, and its tokenizer."""
+  """The model with its LoRA and memory, taken apart, and its tokenizer.
+
+  Raises:
+    InputError: the model does not load, or the config names no source or no ability to train it with.
+  """
+  config_lib.need_sources(config)
   model, tokenizer = load_model(config)
   attach_memory(model, config)
   if config.lora.rank:
@@ -161,13 +168,22 @@ def ability_spec(spec: ml_collections.ConfigDict, part: str) -> dict[str, Any]:
 
 
 def ability_weights(config: ml_collections.ConfigDict) -> np.ndarray:
-  """`[num_abilities]` f32 weight of each ability in the objective."""
-  return np.asarray([spec.get("weight", 1.0) for _, spec in named(config.abilities)], np.float32)
+  """`[num_abilities]` f32 weight of each ability in the objective: its own, times that of the preference."""
+  weights = np.asarray([spec.get("weight", 1.0) for _, spec in named(config.abilities)], np.float32)
+  return weights * np.asarray(config.objective.preference or 1.0, np.float32)
 
 
 def stack(batches: Sequence[types.Batch]) -> types.Batch:
   """Batches as one, with a leading axis `[unroll_length, ...]`."""
   return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def stop_if_skipped(config: ml_collections.ConfigDict, workdir: pathlib.Path, skipped: int, batch: Any) -> None:
+  """Raises `MftError` after `meta.max_skipped` non-finite outer steps in a row, and writes the last one's batch."""
+  if skipped >= config.meta.max_skipped:
+    path = workdir / "non_finite_batch.npz"
+    np.savez(path, **pure(batch))
+    raise errors.MftError(f"{skipped} outer steps in a row were not finite; the last batch is in {path}.")
 
 
 def pure(tree: Any) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """How long a window must be for its meta-gradient to agree with the whole run's, on the config's own task."""
 
-import json
+import functools
 import pathlib
 
 import jax
 import ml_collections
 import numpy as np
 
-from mftjax import command, metagrad
+from mftjax import command, files, metagrad
 from mftjax import config as config_lib
 from mftjax.data import mixture
-from mftjax.loops import meta_train
+from mftjax.loops import curriculum, meta_train, outer_objective
 from mftjax.loops import task as task_lib
 
 
@@ -25,17 +25,18 @@ def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> metagra
   num_steps, num_abilities = config_lib.num_steps(config), len(config.abilities)
   stream = mixture.Stream(rows, config.batch_size, config.seed)
   ability_stream = mixture.Stream(held_out, num_abilities * config.meta.ability_rows, config.seed + 1)
+  objective = outer_objective.start(config, network, held_out)
   command.claim_workdir(config, workdir)
-  uniform = lambda count: np.full(count, 1 / count)
-  batches = task_lib.stack([stream.next(uniform(len(rows))) for _ in range(num_steps)])
-  problem = meta_train.build_problem(config, network, network.frozen)
   meta_params = meta_train.init_meta_params(config, network)
+  batches = curriculum.draw(config, stream, meta_params["mixture_logits"], 0, num_steps, num_steps)
+  loss = functools.partial(outer_objective.loss, config, objective)
+  problem = meta_train.build_problem(config, network, network.frozen, loss)
   report = metagrad.windows.truncation_bias(
     problem,
     meta_params,
     metagrad.init(problem, meta_params, network.params),
     batches,
-    ability_stream.next(uniform(num_abilities)),
+    ability_stream.next(np.full(num_abilities, 1 / num_abilities)),
     jax.random.key(config.seed),
   )
   as_dict = lambda agreement: {name: float(value) for name, value in vars(agreement).items()}
@@ -48,5 +49,5 @@ def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> metagra
       for length, by_name in report.by_parameter.items()
     },
   }
-  (workdir / "windows.json").write_text(json.dumps(found, indent=2) + "\n")
+  files.write_json(workdir / "windows.json", found)
   return report

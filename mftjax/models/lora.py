@@ -74,11 +74,15 @@ def masked(params: Any, rank: jax.typing.ArrayLike | None = None, scale: jax.typ
       return leaf
     kept = jnp.asarray(scale)
     if rank is not None:
-      left = rank - jnp.arange(leaf.shape[-2])[:, None]
-      kept = kept * jnp.where(left > 1, 1.0, jnp.where(left > 0, left, 0.0))
+      kept = kept * ramp(rank - jnp.arange(leaf.shape[-2])[:, None])
     return leaf * kept.astype(leaf.dtype)
 
   return jax.tree.map_with_path(mask, params)
+
+
+def ramp(x: jax.Array) -> jax.Array:
+  """clip(x, 0, 1), whose derivative at 0 and 1 is the one from below (`jnp.clip` has half of it at either)."""
+  return jnp.where(x > 1, 1.0, jnp.where(x > 0, x, 0.0))
 
 
 def names_of(path: Sequence[Any]) -> list[str]:

@@ -1,27 +1,19 @@
 """A run's results as one HTML page that needs nothing else, and its comparison table for the terminal."""
 
-import base64
-import io
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import matplotlib
-import matplotlib.figure
 import matplotlib.ticker
 import rich.table
 import rich.text
 
 from mftjax import recipe, tracking
 from mftjax.errors import InputError
+from mftjax.report import page
 
-# Okabe & Ito (2008): told apart by the colour-blind too, and on light and dark ground.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#8c6bb1")
-_INK = "#7d8590"  # axes and letters, readable on both grounds
 _LOG_RATIO = 10.0  # a hyperparameter whose largest value is this many times its smallest gets a log axis
 
 
@@ -43,26 +35,21 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
   folder = pathlib.Path(workdir)
   if not folder.is_dir():
     raise InputError(f"{workdir}: no such workdir.")
-  config = _read_object(folder / "config.json")
-  evaluation = _read_object(folder / "evaluation.json")
+  config = page.read_object(folder / "config.json")
+  evaluation = page.read_object(folder / "evaluation.json")
   lines = [line for line in tracking.read(folder / tracking.FILE) if line.get("phase") == "meta_train"]
   recipe_path = folder / "recipe.json"
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-  page = environment.from_string(_PAGE).render(
-    name=folder.resolve().name,
-    workdir=str(workdir),
-    config=None if config is None else [(key, _text(value)) for key, value in _flat(config)],
-    table=None if evaluation is None else _cells(evaluation, str(folder / "evaluation.json")),
-    tokens=None if evaluation is None else evaluation.get("tokens"),
-    num_outer_steps=len(lines),
-    plots=_plots(lines),
-    recipe=recipe.load(recipe_path) if recipe_path.exists() else None,
-  )
-  path = folder / "report.html"
-  partial = folder / f".report.html.{os.getpid()}.partial"
-  partial.write_text(page, encoding="utf-8")
-  partial.replace(path)
-  return path
+  values = {
+    "name": folder.resolve().name,
+    "workdir": str(workdir),
+    "config": None if config is None else [(key, _text(value)) for key, value in _flat(config)],
+    "table": None if evaluation is None else _cells(evaluation, str(folder / "evaluation.json")),
+    "tokens": None if evaluation is None else evaluation.get("tokens"),
+    "num_outer_steps": len(lines),
+    "plots": _plots(lines),
+    "recipe": recipe.load(recipe_path) if recipe_path.exists() else None,
+  }
+  return page.write(folder / "report.html", folder.resolve().name, _BODY, values)
 
 
 def table(evaluation: Mapping[str, Any]) -> rich.table.Table:
@@ -105,10 +92,10 @@ def _cells(evaluation: Mapping[str, Any], where: str) -> tuple[list[str], list[l
     raise InputError(f"{where}: not an evaluation, it lacks {error}.") from error
   rows: list[list[tuple[str, bool]]] = []
   for measure, values, better in measures:
-    finite = [value for value in values if _is_finite(value)]
+    finite = [value for value in values if page.is_finite(value)]
     # One recipe has nothing to be better than, and all alike are not best either.
     best = better(finite) if len(set(finite)) > 1 else None
-    cells = [("–" if not _is_finite(v) else f"{v:.4f}", _is_finite(v) and v == best) for v in values]
+    cells = [("–" if not page.is_finite(v) else f"{v:.4f}", page.is_finite(v) and v == best) for v in values]
     rows.append([(measure, False), *cells])
   rows.append([("tokens", False), *((f"{v:,}" if isinstance(v, int) else "–", False) for v in tokens)])
   return ["", *names], rows
@@ -139,7 +126,7 @@ def _series(lines: Sequence[Mapping[str, Any]], *path: str) -> tuple[list[int], 
     value: Any = line
     for name in path:
       value = value.get(name) if isinstance(value, Mapping) else None
-    if _is_finite(value):
+    if page.is_finite(value):
       steps.append(line["step"])
       values.append(value)
   return steps, values
@@ -157,44 +144,23 @@ def _spans(series: Mapping[str, tuple[list[int], list[float]]]) -> bool:
 
 def _plot(series: Mapping[str, tuple[list[int], list[float]]], unit: str, is_log: bool, stacked: bool) -> str:
   """A line plot as a data URI."""
-  # Letters stay letters, so that the page is small; the hash salt makes the file the same on each run.
-  with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mftjax", "font.family": "sans-serif"}):
-    figure = matplotlib.figure.Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.add_subplot()
+
+  def draw(axes):
     for index, (name, (steps, values)) in enumerate(series.items()):
-      # A dollar sign would start mathematics, a leading underscore would hide the entry.
-      label = ("\u200b" + name if name.startswith("_") else name).replace("$", r"\$")
-      style = ("-", "--", ":")[index // len(_COLOURS) % 3]
+      style = ("-", "--", ":")[index // len(page.COLOURS) % 3]
       marker = "o" if len(steps) == 1 else None
-      axes.plot(steps, values, style, color=_COLOURS[index % len(_COLOURS)], label=label, marker=marker, linewidth=1.8)
-    axes.set_xlabel("outer step", color=_INK)
-    axes.set_ylabel(unit, color=_INK)
+      colour = page.COLOURS[index % len(page.COLOURS)]
+      axes.plot(steps, values, style, color=colour, label=page.letters(name), marker=marker, linewidth=1.8)
+    axes.set_xlabel("outer step")
+    axes.set_ylabel(unit)
     axes.set_yscale("log" if is_log else "linear")
     if stacked:
       axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.tick_params(colors=_INK, which="both")
-    axes.grid(color=_INK, alpha=0.2)
-    for side, spine in axes.spines.items():
-      spine.set_visible(side in ("left", "bottom"))
-      spine.set_color(_INK)
     if len(series) > 1:
-      axes.legend(frameon=False, labelcolor=_INK, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-  return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+      axes.legend(frameon=False, labelcolor=page.INK, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
 
-
-def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
-  if not path.exists():
-    return None
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise InputError(f"{path}: not JSON: {error}.") from error
-  if not isinstance(value, dict):
-    raise InputError(f"{path}: must hold a JSON object.")
-  return value
+  return page.plot(draw)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -210,52 +176,7 @@ def _text(value: Any) -> str:
   return text if len(text) <= 200 else text[:197] + "..."
 
 
-def _is_finite(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ name }} – mftjax report</title>
-<style>
-:root { --ground: #ffffff; --panel: #f6f8fa; --ink: #1f2328; --soft: #59636e;
-  --line: #d1d9e0; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #0d1117; --panel: #161b22; --ink: #e6edf3; --soft: #9198a1;
-    --line: #30363d; --accent: #56b4e9; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: .95rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-p { margin: .25rem 0 .75rem; } .soft { color: var(--soft); }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { background: var(--panel); color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; } tr:last-child td { border-bottom: 0; }
-td strong { color: var(--accent); } td.text { text-align: left; overflow-wrap: anywhere; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
-.panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
-  padding: 1rem; min-width: 0; }
-.panel img { width: 100%; height: auto; display: block; }
-.columns { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
-.bar { display: inline-block; height: .6rem; border-radius: 3px; background: var(--accent); min-width: 1px; }
-code, pre { font: .85rem/1.5 ui-monospace, monospace; }
-code { background: var(--panel); padding: .1rem .3rem; border-radius: 4px; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
-  padding: 1rem; overflow-x: auto; }
-summary { cursor: pointer; color: var(--soft); margin: .75rem 0; }
-</style>
-</head>
-<body><main>
-{% macro missing(file, script) %}
+_BODY = """{% macro missing(file, script) %}
 <p class="panel">No {{ file }} yet. Make it with
 <code>python -m experiments.{{ script }} --config=CONFIG.py --workdir={{ workdir }}</code></p>
 {% endmacro %}
@@ -295,21 +216,7 @@ The best of each line is bold.</p>
 
 <h2>Recipe</h2>
 {% if recipe %}
-<div class="columns">
-<div class="scroll"><table><thead><tr><th>hyperparameter</th><th>value</th></tr></thead><tbody>
-{% for key, value in recipe.hyperparameters.items() %}
-<tr><td>{{ key }}</td><td>{{ "%.4g" | format(value) }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-<div class="scroll"><table><thead><tr><th>source</th><th>weight</th><th></th></tr></thead><tbody>
-{% for key, value in recipe.mixture.items() %}
-<tr><td>{{ key }}</td><td>{{ "%.4f" | format(value) }}</td>
-<td class="text" style="width: 40%">
-<span class="bar" style="width: {{ (100 * value) | round(1) }}%"></span></td></tr>
-{% endfor %}
-</tbody></table></div>
-</div>
-<details><summary>recipe.json</summary><pre>{{ recipe | tojson(indent=2) }}</pre></details>
+{{ show_recipe(recipe) }}
 {% else %}{{ missing("recipe.json", "predict") }}{% endif %}
 
 <h2>What was run</h2>
@@ -320,5 +227,4 @@ The best of each line is bold.</p>
 {% endfor %}
 </tbody></table></div>
 {% else %}{{ missing("config.json", "meta_train") }}{% endif %}
-</main></body></html>
 """

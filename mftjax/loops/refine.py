@@ -1,0 +1,44 @@
+"""Meta-gradient steps on the recipes of single tasks, from wherever they come."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from mftjax.data import meta_tasks
+from mftjax.loops import many_tasks
+from mftjax.loops import setting as setting_lib
+
+
+def descend(
+  setting: setting_lib.Setting,
+  tasks: meta_tasks.MetaTask,
+  keys: Callable[[int], jax.Array],
+  start: Any,
+  num_steps: int,
+  rate: float,
+  batch_size: int = many_tasks.BATCH,
+) -> tuple[Any, np.ndarray]:
+  """`num_steps` of Adam on each task's own recipe, along its meta-gradient; the rate falls to a tenth by a cosine.
+
+  Args:
+    tasks: `[num_tasks, ...]`.
+    keys: number of the step -> a key for each task.
+    start: recipes `{hyperparameters, mixture_logits}`, unconstrained, `[num_tasks, ...]`.
+    batch_size: tasks that a program runs at once.
+
+  Returns:
+    The recipes, and `[num_steps, num_tasks, max_abilities]` validation losses of the runs that were differentiated,
+    nats. Where a run is not finite its gradient counts as 0, and its losses are NaN.
+  """
+  optimizer = optax.adam(optax.cosine_decay_schedule(rate, max(num_steps, 1), alpha=0.1), b1=0.8, b2=0.95)
+  recipe, opt_state, seen = start, optimizer.init(start), []
+  for number in range(num_steps):
+    args = (recipe, tasks, keys(number))
+    _, grad, losses, is_finite = many_tasks.in_batches(setting.gradients, args, batch_size=batch_size)
+    updates, opt_state = optimizer.update(grad, opt_state)
+    recipe = optax.apply_updates(recipe, updates)
+    seen.append(np.where(np.asarray(is_finite)[:, None], losses, np.nan))
+  return recipe, np.asarray(seen)

@@ -1,0 +1,42 @@
+"""What several files of tests share, made once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import compare as compare_config
+from mftjax import command
+from mftjax.data import meta_tasks
+from mftjax.loops import learnt, many_tasks, meta_learn
+from mftjax.loops import setting as setting_lib
+from mftjax.loops import task as task_lib
+
+
+@pytest.fixture(scope="session")
+def meta_trained(tmp_path_factory):
+  """`(config, workdir)` with the files of a meta-training, but of a meta-learner with random weights and features.
+
+  Nothing is compiled for it; the slow test of the comparison makes such a workdir by meta-training.
+  """
+  config, workdir = compare_config.get_config("tiny"), tmp_path_factory.mktemp("meta") / "run"
+  decoder, _ = task_lib.load_model(config)
+  pools = meta_tasks.build_pools(config.length, config.tasks.pool_rows, config.seed)
+  setting = setting_lib.assemble(config, many_tasks.Model(*nnx.split(decoder)), pools, {})
+  tasks = meta_tasks.sample(pools, "train", config.tasks.num_train, config.seed)
+  rng = np.random.default_rng(0)
+  normal = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+  keys = jax.random.split(jax.random.key(0), config.tasks.num_train)
+  features = jax.tree.map(normal, jax.eval_shape(setting.probing, tasks, keys))
+  match = jax.vmap(many_tasks.mixture)(features.match, tasks.source_mask)
+  features = features.replace(source_mask=tasks.source_mask, ability_weight=tasks.ability_weight, match=match)
+  learner = learnt.build(config)
+  learner.fit_normaliser(features)
+  graphdef, params, others = nnx.split(learner, nnx.Param, ...)
+  moved = jax.tree.map(lambda leaf: leaf + 0.1 * normal(leaf), params)
+  graphdef, state = nnx.split(nnx.merge(graphdef, moved, others))
+  prediction = meta_learn.predict(graphdef, state, features)
+  command.claim_workdir(config, workdir)
+  learnt.keep(config, workdir, setting, state, 1.7, tasks, features, prediction)
+  return config, workdir
