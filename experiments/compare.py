@@ -13,12 +13,13 @@ from mftjax.loops import compare
 def main(config, workdir):
   found = compare.compare(config, workdir)
   table = rich.table.Table(title=f"{found['num_tasks']} unseen tasks, {found['num_seeds']} seeds")
-  for name in ("method", "improvement", "95 % interval", "runs before", "on corrupted", "TV to planted"):
+  for name in ("method", "improvement", "95 % interval", "minus TPE", "runs before", "on corrupted", "TV to planted"):
     table.add_column(name, justify="left" if name == "method" else "right")
   number = lambda value: "–" if value is None else f"{value:.3f}"
   for row in found["rows"]:
     interval = f"{row['low']:.3f} to {row['high']:.3f}"
-    figures = [number(row[name]) for name in ("runs", "corrupted", "planted_tv")]
+    difference = "{:+.3f} ({:.3f} to {:.3f})".format(row["over_tpe"], *row["over_tpe_interval"])
+    figures = [difference, *(number(row[name]) for name in ("runs", "corrupted", "planted_tv"))]
     table.add_row(row["name"], number(row["improvement"]), interval, *figures)
   rich.print(table)
   print(f"90 % intervals of the prediction cover {100 * found['coverage']:.1f} % of outcomes")

@@ -231,6 +231,21 @@ def static_features(rows: tokens.Rows) -> np.ndarray:
   return np.asarray([np.log(num_rows), log_targets, 1.0 - num_distinct / num_rows], np.float32)
 
 
+def summaries(found: Features) -> np.ndarray:
+  """`[num_tasks, dim]` f64 means of each task's features over what is there, abilities by their weight."""
+  source, ability, pair, mask, weight = (
+    np.asarray(getattr(found, name), np.float64)
+    for name in ("source", "ability", "pair", "source_mask", "ability_weight")
+  )
+  mask = mask / mask.sum(axis=1, keepdims=True)
+  parts = [
+    np.einsum("tsf,ts->tf", source, mask),
+    np.einsum("taf,ta->tf", ability, weight),
+    np.einsum("tsaf,ts,ta->tf", pair, mask, weight),
+  ]
+  return np.concatenate(parts, axis=1)
+
+
 def _present(rows: types.Batch, is_present: jax.Array) -> types.Batch:
   """Rows of absent groups become empty, since anything may stand there."""
   return jax.tree.map(lambda x: jnp.where(is_present.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), rows)

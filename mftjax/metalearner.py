@@ -11,6 +11,9 @@ from flax import nnx
 from mftjax import errors, features, sft
 
 _SMALLEST_MATCH = 1e-3  # weights of gradient matching below this count as this
+# Of the hyperparameters' heads. Past the best learning rate the meta-gradient is mostly noise, in which a step of
+# Adam's size, which all weights of a head take together, walks on to the bound.
+_STEP = 0.2
 _RANGE = 4.0  # normalised features are clipped here: an unseen family must not throw the network far out
 
 
@@ -98,10 +101,10 @@ class MetaLearner(nnx.Module):
     whole = nnx.silu(self.task_in(jnp.concatenate([*_pooled(each, is_source), weight @ by_ability])))
     hyperparameters = {}
     for name in self.names:
-      value = self.start[name][...] + self.offsets[name][...]
-      hyperparameters[name] = (
-        value if name in self.shared else value + jnp.asarray(self.heads[name](whole)).reshape(value.shape)
-      )
+      moved = self.offsets[name][...]
+      if name not in self.shared:
+        moved = moved + jnp.asarray(self.heads[name](whole)).reshape(moved.shape)
+      hyperparameters[name] = self.start[name][...] + _STEP * moved
     # The likelihood's gradient is now and then a thousand times the meta-gradient: it must not reach the shared layers.
     context = jax.lax.stop_gradient(jnp.broadcast_to(whole, by_ability.shape))
     by_ability = jax.lax.stop_gradient(by_ability)

@@ -76,7 +76,8 @@ def test_clean_answers_follow_the_code_corrupted_ones_do_not_and_redundant_ones_
   assert all(found == {table[prompt[-1]]} for prompt, found in clean.items())
   assert {prompt[-1] for prompt in clean} == set(table)
   assert sum(len(found) > 1 for found in corrupted.values()) > len(corrupted) / 2
-  assert len(redundant) <= 20 < len(clean) and all(redundant[prompt] == clean.get(prompt, redundant[prompt]) for prompt in redundant)
+  assert len(redundant) <= 20 < len(clean)
+  assert all(redundant[prompt] == clean.get(prompt, redundant[prompt]) for prompt in redundant)
 
 
 def test_a_planted_ability_is_the_planted_mixture_of_its_sources(pools):

@@ -67,7 +67,7 @@ def test_the_recipe_gradient_is_the_slope_of_the_whole_run(config, setting, foun
   differentiate = many_tasks.value_and_grad(setting.model, setting.run, setting.space, setting.fixed, setting.pools)
   scale = setting_lib.task_scale(setting.scale["validation"], task)
   objective = setting_lib.build_objective(scale, task.ability_weight, setting.objective)
-  recipe = jax.tree.map(lambda x: x[0], meta_learn.default_recipes(config, setting, 1))
+  recipe = jax.tree.map(lambda x: x[0], compare.default_recipes(config, setting, 1))
   value = jax.jit(lambda recipe: differentiate(recipe, task, objective, jax.random.key(0)))
   grad = value(recipe)[1]
   step = 2e-2

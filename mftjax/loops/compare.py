@@ -1,7 +1,6 @@
 """Ways of choosing a recipe, compared on unseen tasks at equal tokens of the final run."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,9 +12,12 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import baselines, files, metalearner, metrics, objectives, spaces
+from mftjax import baselines, features, files, metalearner, metrics, objectives, spaces
+from mftjax import config as config_lib
 from mftjax.loops import meta_learn, refine
 from mftjax.loops import setting as setting_lib
+
+DIVERGED = 10.0  # nats that an ability counts after a final run that is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,15 @@ def _stacked(candidates: list[baselines.Candidate]) -> tuple[dict[str, np.ndarra
   return values, np.stack([candidate.mixture for candidate in candidates])
 
 
+def default_recipes(config: ml_collections.ConfigDict, setting: setting_lib.Setting, count: int) -> dict[str, Any]:
+  """`[count]` recipes of the default hyperparameters and equal weights."""
+  initial = setting.space.init(config_lib.initial_hyperparameters(config))
+  return {
+    "hyperparameters": {name: jnp.repeat(value[None], count, axis=0) for name, value in initial.items()},
+    "mixture_logits": jnp.zeros((count, config.tasks.max_sources)),
+  }
+
+
 def as_choice(setting: setting_lib.Setting, tasks: Tasks, recipe: Any, spent: np.ndarray) -> Choice:
   """Constrained values and weights of recipes."""
   values, weights = jax.tree.map(np.asarray, setting_lib.constrained(setting, recipe, tasks.found.tasks))
@@ -148,24 +159,29 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   method spends before them is counted in whole runs.
 
   Returns:
-    `{"num_tasks", "num_seeds", "rows": [{"name", "improvement", "low", "high", "runs", "corrupted", "planted_tv"}],
-    "coverage", "meta_training_runs"}`: mean normalised improvement with its 95 % bootstrap interval
-    over tasks, runs spent before the final one, mean weight on corrupted sources, total variation distance to the
-    planted mixture, part of outcomes within the 90 % intervals.
+    `{"num_tasks", "num_seeds", "rows": [{"name", "improvement", "low", "high", "over_tpe", "over_tpe_interval", "runs",
+    "corrupted", "planted_tv"}], "coverage", "meta_training_runs"}`: mean normalised improvement with its 95 % bootstrap
+    interval over tasks, its difference from TPE's on the same tasks, runs spent before the final one, mean weight on
+    corrupted sources, total variation distance to the planted mixture, part of outcomes within the 90 % intervals.
   """
   learnt = meta_learn.meta_learn(config, workdir)
   setting, limits = learnt.setting, config.compare
   unseen = meta_learn.sample_tasks(config, setting, "unseen", limits.num_tasks, config.seed + 2)
   tasks = repeat(unseen, limits.num_seeds)
   choices = choose(config, learnt, tasks)
-  table, losses = [], {}
+  table, losses, gains = [], {}, {}
   for name, choice in choices.items():
-    losses[name] = setting.outcome("test", choice.values, choice.weights, tasks.found.tasks, tasks.keys(1))
+    found = setting.outcome("test", choice.values, choice.weights, tasks.found.tasks, tasks.keys(1))
+    losses[name] = jnp.where(jnp.isfinite(found), found, DIVERGED)
     gain = -judged(setting, tasks, "test", losses[name], objectives.OBJECTIVES["normalised"])
-    gain = gain.reshape(limits.num_tasks, limits.num_seeds).mean(axis=1)
-    low, high = metrics.bootstrap_interval(gain)
+    gains[name] = gain.reshape(limits.num_tasks, limits.num_seeds).mean(axis=1)
+  for name, choice in choices.items():
+    low, high = metrics.bootstrap_interval(gains[name])
+    over_tpe = gains[name] - gains["TPE"]
     table.append(
-      {"name": name, "improvement": float(gain.mean()), "low": low, "high": high, "runs": float(choice.spent.mean())}
+      {"name": name, "improvement": float(gains[name].mean()), "low": low, "high": high}
+      | {"over_tpe": float(over_tpe.mean()), "over_tpe_interval": metrics.bootstrap_interval(over_tpe)}
+      | {"runs": float(choice.spent.mean())}
       | _mixture_figures(choice, tasks)
     )
   result = {
@@ -184,10 +200,14 @@ def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: 
   """What every method chooses, by its name."""
   setting, limits, count = learnt.setting, config.compare, len(tasks.seeds)
   values, nothing, equal = repeated(setting.defaults, count), np.zeros(count), equal_weights(tasks)
+  known = repeat(meta_learn.sample_tasks(config, setting, "train", limits.constant_tasks, config.seed + 3), 1)
+  probe = np.asarray(tasks.found.features.tokens) / (setting.run.num_steps * setting.run.batch_size * config.length)
+  probe = probe / np.asarray(tasks.found.tasks.budget)
   choices = {
     "uniform, default": Choice(values, equal, nothing),
     "proportional, default": Choice(values, proportional_weights(setting, tasks), nothing),
-    "best constant": Choice(repeated(best_constant(config, setting), count), equal, nothing),
+    "best constant": Choice(repeated(best_constant(config, setting, known), count), equal, nothing),
+    "nearest meta-task": nearest(config, setting, known, tasks, probe),
   }
   trials = limits.num_trials
   searches: dict[str, Callable] = {
@@ -198,29 +218,45 @@ def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: 
   for name, build in searches.items():
     logging.warning("compare: %s", name)
     choices[name] = search(setting, tasks, build)
-  probe = np.asarray(tasks.found.features.tokens) / (setting.run.num_steps * setting.run.batch_size * config.length)
-  probe = probe / np.asarray(tasks.found.tasks.budget)
   recipe = meta_learn.recipes(learnt.predict(tasks.found.features))
   choices["predicted"] = as_choice(setting, tasks, recipe, probe)
   logging.warning("compare: refined and direct")
-  descend = functools.partial(refine.descend, setting, tasks.found.tasks, lambda step: tasks.keys(1000 + step))
-  refined, _ = descend(recipe, limits.refine_steps, limits.learning_rate / 2)
+  refined = descend(setting, tasks, recipe, limits.refine_steps, limits.learning_rate / 2)
   choices["predicted, refined"] = as_choice(setting, tasks, refined, probe + limits.refine_steps)
-  start = meta_learn.default_recipes(config, setting, count)
-  direct, _ = descend(start, limits.direct_steps, limits.learning_rate)
+  direct = descend(setting, tasks, default_recipes(config, setting, count), limits.direct_steps, limits.learning_rate)
   choices["direct"] = as_choice(setting, tasks, direct, nothing + limits.direct_steps)
   return choices
 
 
-def best_constant(config: ml_collections.ConfigDict, setting: setting_lib.Setting) -> Mapping[str, float]:
+def descend(setting: setting_lib.Setting, tasks: Tasks, start: Any, num_steps: int, rate: float) -> Any:
+  """Recipes after meta-gradient steps on each task by itself, see `refine.descend`."""
+  return refine.descend(setting, tasks.found.tasks, lambda step: tasks.keys(1000 + step), start, num_steps, rate)[0]
+
+
+def best_constant(config: ml_collections.ConfigDict, setting: setting_lib.Setting, tasks: Tasks) -> Mapping[str, float]:
   """The hyperparameters that do best, with equal weights, over training tasks."""
   count, rng = config.compare.constant_tasks, np.random.default_rng(config.seed)
-  tasks = repeat(meta_learn.sample_tasks(config, setting, "train", count, config.seed + 3), 1)
   space, equal = search_space(setting, np.ones(2)), equal_weights(tasks)
   candidates = [setting.defaults, *(space.sample(rng).hyperparameters for _ in range(config.compare.num_trials - 1))]
   losses = [validation(setting, tasks, repeated(candidate, count), equal, purpose=2) for candidate in candidates]
   # The objective's units are alike on all tasks already, and it may be below 0: no default loss divides it.
   return candidates[baselines.best_constant(np.stack(losses), np.ones(count))]
+
+
+def nearest(
+  config: ml_collections.ConfigDict, setting: setting_lib.Setting, known: Tasks, tasks: Tasks, probe: np.ndarray
+) -> Choice:
+  """What the direct learner came to on the nearest of the known tasks."""
+  limits, count = config.compare, len(known.seeds)
+  start = default_recipes(config, setting, count)
+  tuned = descend(setting, known, start, limits.direct_steps, limits.learning_rate)
+  values, weights = jax.tree.map(np.asarray, setting_lib.constrained(setting, tuned, known.found.tasks))
+  best = [baselines.Candidate({n: float(v[i]) for n, v in values.items()}, weights[i]) for i in range(count)]
+  of = lambda found: (np.asarray(found.features.source), np.asarray(found.features.source_mask) > 0)
+  method = baselines.NearestTask(features.summaries(known.found.features), best, *of(known.found))
+  summaries, arrays = features.summaries(tasks.found.features), zip(*of(tasks.found), strict=True)
+  found = [method.predict(summary, *each) for summary, each in zip(summaries, arrays, strict=True)]
+  return Choice(*_stacked(found), probe)
 
 
 def coverage(learnt: meta_learn.Learnt, tasks: Tasks, losses: jax.Array) -> float:

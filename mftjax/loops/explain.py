@@ -27,9 +27,9 @@ def nearest(known: learnt.Known, probed: features.Features, count: int = 3) -> d
     for i, w in enumerate(np.asarray(known.weights, np.float64))
   ]
   mask = np.asarray(known.features.source_mask) > 0
-  vectors = _vectors(known.features)
+  vectors = features.summaries(known.features)
   method = baselines.NearestTask(vectors, candidates, np.asarray(known.features.source), mask)
-  distances = method.distances(_vectors(jax.tree.map(lambda x: x[None], probed))[0])
+  distances = method.distances(features.summaries(jax.tree.map(lambda x: x[None], probed))[0])
   found = []
   for index in np.argsort(distances, kind="stable")[:count]:
     abilities = zip(known.abilities[index], np.asarray(known.features.ability_weight)[index], strict=True)
@@ -44,21 +44,6 @@ def nearest(known: learnt.Known, probed: features.Features, count: int = 3) -> d
     )
   to_others = [np.delete(method.distances(vector), i).min() for i, vector in enumerate(vectors[:256])]
   return {"typical_distance": float(np.median(to_others)), "tasks": found}
-
-
-def _vectors(found: features.Features) -> np.ndarray:
-  """`[num_tasks, dim]` one vector a task: means of the features over what is there, abilities by their weight."""
-  source, ability, pair, mask, weight = (
-    np.asarray(getattr(found, name), np.float64)
-    for name in ("source", "ability", "pair", "source_mask", "ability_weight")
-  )
-  mask = mask / mask.sum(axis=1, keepdims=True)
-  parts = [
-    np.einsum("tsf,ts->tf", source, mask),
-    np.einsum("taf,ta->tf", ability, weight),
-    np.einsum("tsaf,ts,ta->tf", pair, mask, weight),
-  ]
-  return np.concatenate(parts, axis=1)
 
 
 def attributions(case: case_lib.Case, probed: features.Features, count: int = 8) -> list[dict[str, Any]]:

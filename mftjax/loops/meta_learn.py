@@ -15,7 +15,6 @@ from absl import logging
 from flax import nnx
 
 from mftjax import checkpoint, command, features, metalearner, tracking
-from mftjax import config as config_lib
 from mftjax.data import meta_tasks
 from mftjax.loops import learnt
 from mftjax.loops import setting as setting_lib
@@ -141,15 +140,6 @@ class Learnt:
 
   def predict(self, task_features: features.Features) -> metalearner.Prediction:
     return predict(self.graphdef, self.state, task_features)
-
-
-def default_recipes(config: ml_collections.ConfigDict, setting: setting_lib.Setting, count: int) -> dict[str, Any]:
-  """`[count]` recipes of the default hyperparameters and equal weights."""
-  initial = setting.space.init(config_lib.initial_hyperparameters(config))
-  return {
-    "hyperparameters": {name: jnp.repeat(value[None], count, axis=0) for name, value in initial.items()},
-    "mixture_logits": jnp.zeros((count, config.tasks.max_sources)),
-  }
 
 
 def meta_learn(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Learnt:
