@@ -13,7 +13,7 @@ from mftjax import errors, features, sft
 _SMALLEST_MATCH = 1e-3  # weights of gradient matching below this count as this
 # Of the hyperparameters' heads. Past the best learning rate the meta-gradient is mostly noise, in which a step of
 # Adam's size, which all weights of a head take together, walks on to the bound.
-_STEP = 0.2
+_STEP = 0.1
 _RANGE = 4.0  # normalised features are clipped here: an unseen family must not throw the network far out
 
 
