@@ -219,13 +219,14 @@ def _named(
   return dict(pairs)
 
 
-def build_pools(length: int, num_rows: int, seed: int) -> Pools:
+def build_pools(length: int, num_rows: int, seed: int, also_held_out: Sequence[str] = ()) -> Pools:
   """Pools of every code and of the planted family.
 
   Args:
     length: tokens in a row.
     num_rows: rows of each pool.
     seed: of the examples.
+    also_held_out: suites of `BASE` that get held-out pools too, so that a task can ask what is forgotten of them.
   """
   tokenizer = tokens.char_tokenizer()
   num_examples = 6 * num_rows  # as many as stand in so many rows, or nearly
@@ -246,6 +247,9 @@ def build_pools(length: int, num_rows: int, seed: int) -> Pools:
       found[suite] = rows(codebooks.generate(suite, num_examples, seed, part))
   for suite in BASE:
     train[f"{suite}/clean"] = rows(codebooks.generate(suite, num_examples, seed, "train"))
+  for suite in also_held_out:
+    for part, found in held_out.items():
+      found[suite] = rows(codebooks.generate(suite, num_examples, seed, part))
   for answer in range(NUM_PLANTED):
     train[f"planted/{answer}"] = rows(_planted(answer, num_examples, [seed, 0, answer]))
     for number, found in enumerate(held_out.values()):

@@ -1,6 +1,7 @@
 """Programs that fine-tune a small model on many meta-tasks at once, and differentiate those runs."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,10 +21,18 @@ class Run:
   """What all fine-tuning runs have in common."""
 
   num_steps: int  # at the largest budget
-  batch_size: int  # rows
+  batch_size: int  # rows, of the largest batch
   validation_rows: int  # held-out rows of each ability that a recipe is chosen by
   test_rows: int  # and judged by
   uniform_fraction: float = 0.5  # of the proposal, when a run is differentiated
+  smallest_batch: float | None = None  # rows, where runs may have smaller batches, and more of them for their budget
+
+  @property
+  def most_steps(self) -> int:
+    """Batches that are drawn: what the smallest ones need to use the largest budget."""
+    if self.smallest_batch is None:
+      return self.num_steps
+    return math.ceil(self.num_steps * self.batch_size / self.smallest_batch - 1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +99,8 @@ def problem(
 ) -> metagrad.Problem:
   """A meta-task's bilevel problem: its meta-parameters are a recipe, `{hyperparameters, mixture_logits}` unconstrained.
 
+  A `batch_size` counts the first rows of a batch, and the run ends when its part of the budget is used.
+
   Args:
     objective: `[max_abilities]` losses -> scalar.
   """
@@ -99,17 +110,22 @@ def problem(
   def inner_loss(params, recipe, batch, rng):
     logits = sft.masked_logits(recipe["mixture_logits"], task.source_mask)
     values = {"mixture_logits": logits, "memory": None}
-    return sft.inner_loss(apply, params, values, batch, hyperparameters(recipe))
+    return sft.inner_loss(apply, params, values, batch, hyperparameters(recipe), run.batch_size)
 
   def outer_loss(params, recipe, batch, rng):
     losses = ability_losses(model, params, batch, len(task.ability_weight))
     return objective(losses), losses
 
   def optimizer(recipe):
-    values = {**hyperparameters(recipe), "stop_fraction": task.budget}
+    values = _within_budget(hyperparameters(recipe), task)
     return sft.optimizer(values, run.num_steps, largest_batch=run.batch_size)
 
   return metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
+
+
+def _within_budget(values: Mapping[str, Any], task: meta_tasks.MetaTask) -> dict[str, Any]:
+  """The hyperparameters of a run that stops at a part of the task's budget."""
+  return {**values, "stop_fraction": values.get("stop_fraction", 1.0) * task.budget}
 
 
 def value_and_grad(
@@ -131,7 +147,7 @@ def value_and_grad(
     weights = jax.lax.stop_gradient(mixture(recipe["mixture_logits"], task.source_mask))
     uniform = task.source_mask / task.source_mask.sum()
     proposal = (1 - run.uniform_fraction) * weights + run.uniform_fraction * uniform
-    batches = draw(pools, task, proposal, data_key, run.num_steps, run.batch_size)
+    batches = draw(pools, task, proposal, data_key, run.most_steps, run.batch_size)
     outer = held_out(pools.validation, task, run.validation_rows)
     state = metagrad.init(built, recipe, model.params)
     out = metagrad.value_and_grad(built, method)(recipe, state, batches, outer, run_key)
@@ -145,26 +161,27 @@ def train(model: Model, run: Run, fixed: Mapping[str, float], pools: meta_tasks.
   """`(values, weights, task, key) -> params` after an ordinary run.
 
   Rows are drawn from the mixture itself, as `finetune` does. `values` are constrained hyperparameters, `weights`
-  `[max_sources]` the mixture, and `task.budget` is the part of the run that is trained.
+  `[max_sources]` the mixture, and `task.budget` is the part of the run that is trained. A `batch_size` counts the first
+  rows of a batch; below the run's `smallest_batch` the run is cut off.
   """
   apply = lambda params, memory, batch: model.apply(params, batch)
 
   def call(values, weights, task, key):
     weights = weights * task.source_mask
     weights = weights / weights.sum()
-    batches = draw(pools, task, weights, key, run.num_steps, run.batch_size)
+    batches = draw(pools, task, weights, key, run.most_steps, run.batch_size)
     # Equal logits over a uniform proposal: every row has the importance weight 1.
     batches = batches.replace(proposal=jnp.full_like(batches.proposal, 1 / len(weights)))
     constant = {"mixture_logits": jnp.zeros_like(weights), "memory": None}
-    all_values = {**fixed, **values, "stop_fraction": task.budget}
+    all_values = _within_budget({**fixed, **values}, task)
 
     def inner_loss(params, meta_params, batch, rng):
-      return sft.inner_loss(apply, params, constant, batch, all_values)
+      return sft.inner_loss(apply, params, constant, batch, all_values, run.batch_size)
 
     optimizer = lambda _: sft.optimizer(all_values, run.num_steps, largest_batch=run.batch_size)
     built = metagrad.Problem(inner_loss, inner_loss, optimizer)
     state = metagrad.init(built, None, model.params)
-    return metagrad.run(built, None, state, batches, jax.random.split(key, run.num_steps))[0].params
+    return metagrad.run(built, None, state, batches, jax.random.split(key, run.most_steps))[0].params
 
   return call
 

@@ -137,12 +137,13 @@ def _recipe(
 ) -> dict[str, Any]:
   """As a file has it: constrained, by name, and with the budget in steps."""
   config, setting = case.kept.config, case.setting
-  values = {name: float(value) for name, value in setting.space.constrain(recipe["hyperparameters"]).items()}
+  learned = setting_lib.whole(setting.space, setting.space.constrain(recipe["hyperparameters"]))
+  values = {"batch_size": config.batch_size, **setting.fixed, **{name: float(x) for name, x in learned.items()}}
   weights = np.asarray(many_tasks.mixture(recipe["mixture_logits"], jnp.asarray(case.task.source_mask)), np.float64)
-  num_steps = config_lib.num_steps(task, config.batch_size)
+  num_steps = config_lib.num_steps(task, round(values["batch_size"]))
   found = recipe_lib.default(
     case.sources,
-    {**setting.fixed, "batch_size": config.batch_size, "num_steps": num_steps, **values},
+    {**values, "num_steps": num_steps},
     task=task.task,
     model=case.kept.model_path,
     predicted=predicted,

@@ -61,7 +61,7 @@ class Setting:
     fraction: float = 1.0,
     index: np.ndarray | None = None,
   ) -> jax.Array:
-    """`[num_tasks, max_abilities]` losses after ordinary runs, see `many_tasks.train`.
+    """`[num_tasks, max_abilities]` losses after ordinary runs (`many_tasks.train`) of the values as `whole` has them.
 
     Args:
       part: "validation" or "test", the rows that are measured.
@@ -72,7 +72,7 @@ class Setting:
     def program(values, weights, tasks, keys):
       return self._measure[part](self._train(fraction)(values, weights, tasks, keys), tasks)
 
-    values = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in whole(self.space, values).items()}
     return many_tasks.in_batches(program, (values, jnp.asarray(weights, jnp.float32), tasks, keys), index)
 
   @functools.cached_property
@@ -116,9 +116,9 @@ def build(config: ml_collections.ConfigDict) -> Setting:
   All of it is made anew from the config's seed, in about a minute with models of the size it is for.
 
   Raises:
-    InputError: hyperparameters that runs of equal length for all tasks cannot learn.
+    InputError: hyperparameters of LoRA, which a run of all parameters cannot learn.
   """
-  for name in ("batch_size", "stop_fraction", "lora_rank", "lora_scale"):
+  for name in ("lora_rank", "lora_scale"):
     if name in config_lib.space(config).spaces:
       raise errors.InputError(f"config.hyperparameters.{name} cannot be learned with config.learner.kind = 'meta' yet.")
   pools = meta_tasks.build_pools(config.length, config.tasks.pool_rows, config.seed)
@@ -137,15 +137,27 @@ def assemble(
   scale: Mapping[str, Scale],
 ) -> Setting:
   """The setting of these parts, by the config."""
-  num_steps = config_lib.num_steps(config)
+  space, fixed = config_lib.space(config), config_lib.default_hyperparameters(config)
   run = many_tasks.Run(
-    num_steps, config.batch_size, config.tasks.validation_rows, config.tasks.test_rows, config.meta.uniform_fraction
+    num_steps=config_lib.num_steps(config),
+    batch_size=config.batch_size,
+    validation_rows=config.tasks.validation_rows,
+    test_rows=config.tasks.test_rows,
+    uniform_fraction=config.meta.uniform_fraction,
+    smallest_batch=_smallest_batch(space, fixed),
   )
-  fixed = config_lib.default_hyperparameters(config)
   probe = features.Probe(**config.probe)
   objective = objectives.build(config.objective.name, **config_lib.objective_options(config))
   outer = objective, config.meta.method, config.meta.clip_norm
-  return Setting(model, run, pools, config_lib.space(config), fixed, probe, _static(pools), scale, *outer)
+  return Setting(model, run, pools, space, fixed, probe, _static(pools), scale, *outer)
+
+
+def _smallest_batch(space: spaces.Space, fixed: Mapping[str, float]) -> float | None:
+  """The least rows of a batch, of those that are learned and of those that are rounded."""
+  learned = space.spaces.get("batch_size")
+  if not isinstance(learned, spaces.Interval | spaces.Ordered):
+    return fixed.get("batch_size")
+  return min(learned.low, round(learned.low))
 
 
 def _train_base(model: many_tasks.Model, pools: meta_tasks.Pools, config: ml_collections.ConfigDict) -> Any:
@@ -195,6 +207,7 @@ def _references(
     is_corrupted=jnp.zeros((count, 1)),
     planted=jnp.zeros((count, 1)),
   )
+  run = dataclasses.replace(run, smallest_batch=fixed.get("batch_size"))
   grid = [(rate, seed) for rate in REFERENCE_RATES for seed in range(num_seeds)]
   rates, keys = jnp.asarray([rate for rate, _ in grid]), jax.vmap(jax.random.key)(jnp.asarray([s for _, s in grid]))
   train, measures = many_tasks.train(model, run, fixed, pools), _measures(model, run, pools)
@@ -238,9 +251,23 @@ def build_objective(scale: Scale, weights: jax.Array, objective: objectives.Obje
   return lambda losses: objective(losses, context)
 
 
+def whole(space: spaces.Space, values: Mapping[str, Any]) -> dict[str, Any]:
+  """The values, of one task or many, with ordered ones at the nearest allowed and batches of whole rows.
+
+  Outside `jax.jit` only.
+  """
+  found = dict(values)
+  for name, value in values.items():
+    if isinstance(ordered := space.spaces.get(name), spaces.Ordered):
+      found[name] = np.vectorize(ordered.rounded, otypes=[float])(value)
+    if name == "batch_size":
+      found[name] = np.round(np.asarray(found[name], np.float64))
+  return found
+
+
 def constrained(setting: Setting, recipe: Any, tasks: meta_tasks.MetaTask) -> tuple[dict[str, jax.Array], jax.Array]:
-  """The hyperparameters' values and the weights `[num_tasks, max_sources]` of recipes."""
-  values = jax.vmap(setting.space.constrain)(recipe["hyperparameters"])
+  """The hyperparameters' values, as `whole` has them, and the weights `[num_tasks, max_sources]` of recipes."""
+  values = whole(setting.space, jax.vmap(setting.space.constrain)(recipe["hyperparameters"]))
   return values, jax.vmap(many_tasks.mixture)(recipe["mixture_logits"], tasks.source_mask)
 
 

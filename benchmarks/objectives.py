@@ -1,0 +1,267 @@
+"""Whether `worst` and `retention` do what they say, on unseen tasks, against the plain mean.
+
+python -m benchmarks.objectives [--tasks=20] [--steps=16] [--seeds=8] [--json=FILE]
+
+The setting is that of configs/compare.py:small, with the hyperparameters held at their values: recipes differ in their
+mixture alone. Each task has a recipe of its own, learned from equal weights by `--steps` steps of Adam along the
+meta-gradients of whole runs; recipes that are compared have the same start, steps, rate and keys. Then `--seeds`
+ordinary runs follow each, with keys of their own, and their test losses are averaged.
+
+Worst: unseen tasks of two or three abilities. Judged by the worst ability's test loss (of each run, then the mean),
+under `worst` and under `mean`. A task counts as won only where it is lower by more than 1e-3 nats; less is a tie.
+
+Retention: unseen tasks of two abilities that weigh alike, a third of weight 0 that the base model knows, and its clean
+rows among the sources. Judged by how far that ability's test loss is above the base model's; `--tolerance` nats are
+allowed. `retention` itself is given a tolerance of 0: at its optimum the constraint is just met, so judged by the very
+same number half of the tasks would miss it by noise.
+
+All recipes of both parts are learned in one program.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from configs import compare as compare_config
+from mftjax import config as config_lib
+from mftjax import metrics, objectives
+from mftjax.data import meta_tasks
+from mftjax.loops import compare, many_tasks, outer_objective
+from mftjax.loops import setting as setting_lib
+
+KINDS = ("mean", "worst", "retention")
+TEMPERATURE = 0.1  # nats, of `worst`: small beside what abilities differ by, large beside the noise of one run's loss
+TIE = 1e-3  # nats
+RATE = 0.3  # of the outer Adam, as configs/compare.py has it
+GUARDED = 2  # place of the ability that is to be kept
+
+
+@flax.struct.dataclass
+class Case:
+  """A task and what its recipe is learned for; or with a leading axis many."""
+
+  task: meta_tasks.MetaTask
+  kind: jax.Array  # int32, place in KINDS
+  objective: outer_objective.ObjectiveState  # of `retention`
+
+
+def get_config(variant: str = "small") -> ml_collections.ConfigDict:
+  """The setting, and `retention` for two abilities and a third that is to be kept."""
+  config = compare_config.get_config(variant)
+  for spec in config.hyperparameters.values():
+    spec.learn = False
+  config.hyperparameters.learning_rate.value = 5e-3
+  config.objective.name = "retention"
+  config.objective.penalty = config.objective.step_size = 5.0
+  config.abilities = ml_collections.ConfigDict({"a": {"weight": 0.5}, "b": {"weight": 0.5}, "kept": {"weight": 0.0}})
+  return config
+
+
+def build_setting(config: ml_collections.ConfigDict) -> setting_lib.Setting:
+  """The base model, and pools that the abilities it knows can be measured on too."""
+  plain = config.copy_and_resolve_references()
+  plain.objective = config_lib.default().objective
+  setting = setting_lib.build(plain)
+  pools = meta_tasks.build_pools(config.length, config.tasks.pool_rows, config.seed, also_held_out=meta_tasks.BASE)
+  return setting_lib.assemble(plain, setting.model, pools, {})
+
+
+def sample(pools: meta_tasks.Pools, num_tasks: int, seed: int, shape: meta_tasks.Shape) -> meta_tasks.MetaTask:
+  """The first `num_tasks` unseen tasks with two abilities or more."""
+  found = meta_tasks.sample(pools, "unseen", 4 * num_tasks, seed, shape)
+  places = np.flatnonzero(np.asarray((found.ability_weight > 0).sum(axis=1)) >= 2)[:num_tasks]
+  return jax.tree.map(lambda x: x[places], found)
+
+
+def guarded(pools: meta_tasks.Pools, num_tasks: int, seed: int) -> meta_tasks.MetaTask:
+  """Tasks of two abilities that weigh alike, with a known one of weight 0, `GUARDED`, and a source of it."""
+  tasks = sample(pools, num_tasks, seed, meta_tasks.Shape(max_sources=5, max_abilities=2))
+  suites = np.random.default_rng(seed).choice(meta_tasks.BASE, num_tasks)
+  column = lambda values: jnp.asarray(values)[:, None]
+  join = lambda array, values: jnp.concatenate([array, column(values).astype(array.dtype)], axis=1)
+  nothing = np.zeros(num_tasks)
+  return tasks.replace(
+    source=join(tasks.source, [pools.names.index(f"{suite}/clean") for suite in suites]),
+    source_mask=join(tasks.source_mask, nothing + 1),
+    ability=join(tasks.ability, np.eye(len(pools.ability_names))[[pools.ability_names.index(s) for s in suites]]),
+    ability_weight=jnp.tile(jnp.asarray([0.5, 0.5, 0.0]), (num_tasks, 1)),
+    is_corrupted=join(tasks.is_corrupted, nothing),
+    planted=join(tasks.planted, nothing),
+  )
+
+
+def base_losses(setting: setting_lib.Setting, part: str, tasks: meta_tasks.MetaTask) -> jax.Array:
+  """`[num_tasks, max_abilities]` of the model before any run."""
+  rows = {"validation": setting.run.validation_rows, "test": setting.run.test_rows}[part]
+  measure = many_tasks.measure(setting.model, getattr(setting.pools, part), rows)
+  return jax.jit(jax.vmap(measure, in_axes=(None, 0)))(setting.model.params, tasks)
+
+
+def build_cases(
+  config: ml_collections.ConfigDict, setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, kind: str
+) -> Case:
+  """Those tasks, with recipes to be learned for this objective."""
+  count = len(tasks.budget)
+  state = jax.vmap(lambda base: outer_objective.init(config, base))(base_losses(setting, "validation", tasks))
+  return Case(tasks, jnp.full(count, KINDS.index(kind)), state)
+
+
+def objective(config: ml_collections.ConfigDict, case: Case) -> Callable:
+  """`[max_abilities]` losses -> what the case's recipe lowers."""
+  weights = case.task.ability_weight
+  branches: tuple[Callable, ...] = (
+    lambda losses: objectives.weighted_mean(losses, weights),
+    lambda losses: objectives.worst(losses, weights, TEMPERATURE),
+    lambda losses: outer_objective.loss(config, case.objective, losses),
+  )
+  return lambda losses: jax.lax.switch(case.kind, branches, losses)
+
+
+def descend(
+  config: ml_collections.ConfigDict, setting: setting_lib.Setting, cases: Case, seeds: jax.Array, num_steps: int
+) -> tuple[Any, np.ndarray]:
+  """`refine.descend` for cases, whose multipliers are updated after every step by the losses of its runs.
+
+  Args:
+    seeds: `[num_cases]` int32; cases with the same one see the same data.
+
+  Returns:
+    The recipes, and `[num_steps, num_cases, max_abilities]` validation losses of the runs that were differentiated.
+  """
+  differentiate = many_tasks.value_and_grad(
+    setting.model, setting.run, setting.space, setting.fixed, setting.pools, setting.method
+  )
+
+  @jax.jit
+  @jax.vmap
+  def step(recipe, case, seed, number):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), number), seed)
+    _, grad, losses, is_finite = differentiate(recipe, case.task, objective(config, case), key)
+    factor = jnp.minimum(1.0, setting.clip_norm / jnp.maximum(optax.global_norm(grad), 1e-12))
+    updated = outer_objective.update(config, case.objective, jax.lax.stop_gradient(losses))
+    state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, case.objective)
+    return jax.tree.map(lambda g: factor * g, grad), state, losses
+
+  optimizer = optax.adam(optax.cosine_decay_schedule(RATE, num_steps, alpha=0.1), b1=0.8, b2=0.95)
+  recipe = compare.default_recipes(config, setting, len(seeds))
+  opt_state, seen = optimizer.init(recipe), []
+  for number in range(num_steps):
+    grad, state, losses = many_tasks.in_batches(step, (recipe, cases, seeds, jnp.full(len(seeds), number)))
+    updates, opt_state = optimizer.update(grad, opt_state)
+    recipe, cases = optax.apply_updates(recipe, updates), cases.replace(objective=state)
+    seen.append(np.asarray(losses))
+  return recipe, np.asarray(seen)
+
+
+def outcomes(setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, recipe: Any, seeds: Any, runs: int):
+  """`[num_runs, num_tasks, max_abilities]` test losses after ordinary runs; NaN for absent abilities of padding."""
+  weights = jax.vmap(many_tasks.mixture)(recipe["mixture_logits"], tasks.source_mask)
+  keys = lambda run: jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(1000 + run), seed))(seeds)
+  return np.stack([np.asarray(setting.outcome("test", {}, weights, tasks, keys(run))) for run in range(runs)])
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+  """How `[num_tasks]` losses compare; lower is better."""
+  found = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+  low, high = metrics.bootstrap_interval(found)
+  return {
+    "lower": float(np.mean(found < -TIE)),
+    "tied": float(np.mean(np.abs(found) <= TIE)),
+    "difference": float(found.mean()),
+    "low": low,
+    "high": high,
+  }
+
+
+def worst_loss(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """`[num_tasks]` mean over runs of the largest loss of an ability that is there, of `[num_runs, num_tasks, ...]`."""
+  return np.where(weights > 0, losses, -np.inf).max(axis=-1).mean(axis=0)
+
+
+def worst_against_mean(losses: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
+  """Figures of the first part, of `[num_runs, num_tasks, max_abilities]` test losses under both."""
+  worst, mean = (worst_loss(losses[kind], weights) for kind in ("worst", "mean"))
+  return {"worst": float(worst.mean()), "mean": float(mean.mean()), **difference(worst, mean)}
+
+
+def retention_figures(losses: np.ndarray, base: np.ndarray, tolerance: float) -> dict[str, float]:
+  """Figures of the second part, of `[num_runs, num_tasks, max_abilities]` test losses, and the base model's."""
+  excess = np.asarray(losses[..., GUARDED].mean(axis=0) - base[:, GUARDED], np.float64)
+  low, high = metrics.bootstrap_interval(excess)
+  return {
+    "within": float(np.mean(excess <= tolerance)),
+    "excess": float(excess.mean()),
+    "low": low,
+    "high": high,
+    "others": float(np.delete(losses, GUARDED, axis=-1).mean()),
+  }
+
+
+def run(
+  config: ml_collections.ConfigDict, num_tasks: int, num_steps: int, num_seeds: int, tolerance: float
+) -> dict[str, Any]:
+  """Both parts; the figures, and the test losses of each task that they come from."""
+  setting = build_setting(config)
+  shape = meta_tasks.Shape(config.tasks.max_sources, config.tasks.max_abilities, config.tasks.min_budget)
+  ordinary, kept = sample(setting.pools, num_tasks, config.seed, shape), guarded(setting.pools, num_tasks, config.seed)
+  groups = [(ordinary, "mean"), (ordinary, "worst"), (kept, "mean"), (kept, "retention")]
+  cases = jax.tree.map(lambda *x: jnp.concatenate(x), *(build_cases(config, setting, *group) for group in groups))
+  seeds = jnp.tile(jnp.arange(num_tasks), len(groups))
+  recipe, seen = descend(config, setting, cases, seeds, num_steps)
+  losses = np.split(outcomes(setting, cases.task, recipe, seeds, num_seeds), len(groups), axis=1)
+  base = np.asarray(base_losses(setting, "test", kept))
+  first = worst_against_mean({"mean": losses[0], "worst": losses[1]}, np.asarray(ordinary.ability_weight))
+  second = {
+    kind: retention_figures(found, base, tolerance) for (_, kind), found in zip(groups[2:], losses[2:], strict=True)
+  }
+  return {
+    "num_tasks": num_tasks,
+    "num_steps": num_steps,
+    "num_seeds": num_seeds,
+    "not_finite": int((~np.isfinite(seen)).any(axis=-1).sum()),
+    "worst": first,
+    "retention": second,
+    "weights": np.asarray(ordinary.ability_weight).tolist(),
+    "base": base.tolist(),
+    "mixtures": np.asarray(jax.vmap(many_tasks.mixture)(recipe["mixture_logits"], cases.task.source_mask)).tolist(),
+    "validation": seen.tolist(),  # of the runs that were differentiated, [num_steps, num_groups * num_tasks, ...]
+    "losses": [found.tolist() for found in losses],  # of the groups, [num_seeds, num_tasks, max_abilities]
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--tasks", type=int, default=20, help="unseen tasks of each part")
+  parser.add_argument("--steps", type=int, default=16, help="meta-gradient steps on each recipe")
+  parser.add_argument("--seeds", type=int, default=8, help="runs that each recipe is judged by")
+  parser.add_argument("--tolerance", type=float, default=0.05, help="nats that a kept ability may lose")
+  parser.add_argument("--json", help="file to write the figures to")
+  arguments = parser.parse_args()
+  start = time.perf_counter()
+  found = run(get_config(), arguments.tasks, arguments.steps, arguments.seeds, arguments.tolerance)
+  row = found["worst"]
+  interval = lambda row: f"({row['low']:.3f} to {row['high']:.3f})"
+  print(f"worst ability's test loss: under worst {row['worst']:.3f}, under mean {row['mean']:.3f}")
+  print(f"  difference {row['difference']:.3f} {interval(row)}; lower on {row['lower']:.0%}, tied on {row['tied']:.0%}")
+  print(
+    f"{'objective':10s} {'kept ability above base':>30s} {'within ' + str(arguments.tolerance):>12s} {'others':>8s}"
+  )
+  for kind, row in found["retention"].items():
+    print(f"{kind:10s} {row['excess']:9.3f} {interval(row):>20s} {row['within']:12.0%} {row['others']:8.3f}")
+  print(f"{arguments.tasks} tasks, {arguments.seeds} seeds, {time.perf_counter() - start:.0f} s")
+  if arguments.json:
+    with open(arguments.json, "w") as file:
+      json.dump(found, file, indent=2)
+
+
+if __name__ == "__main__":
+  main()
