@@ -1,6 +1,6 @@
 """Learning rate and batch size that meta-gradients through whole runs lead to, beside the best of a grid.
 
-python -m benchmarks.horizon [--num_tasks=10] [--num_seeds=4] [--outer_steps=24] [--size_steps=12] [--json=FILE]
+python -m benchmarks.horizon [--parts=rate,size] [--num_tasks=10] [--num_seeds=4] [--num_runs=1] [--json=FILE]
 
 Unseen tasks of `configs/compare.py:small` with equal weights of their sources, corrupted ones too: what a user has who
 knows nothing of them. The direct learner starts at the defaults and takes some steps of Adam on each task's own
@@ -39,19 +39,31 @@ RATES = 1.5e-3 * 1.15 ** np.arange(22)  # up to 2.8e-2
 COARSE_RATES = 2e-3 * 1.5 ** np.arange(6)  # up to 1.5e-2
 SIZES = (2, 4, 8, 16)
 RATE_SPACE, SIZE_SPACE = spaces.Log(5e-4, 6e-2), spaces.Log(SIZES[0], SIZES[-1])
-OUTER_RATE = 0.3  # `compare.learning_rate`
 
 
-def restricted(setting: setting_lib.Setting, is_shared: bool) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  """How the direct learner steps."""
+
+  num_steps: int
+  rate: float  # of Adam, at the first step
+  num_runs: int  # whole runs with seeds of their own, whose clipped gradients are averaged in a step
+
+
+def restricted(setting: setting_lib.Setting, num_runs: int, is_shared: bool) -> Any:
   """What `refine.descend` asks of a setting, with a gradient in the hyperparameters alone.
 
   Args:
+    num_runs: of each task, whose gradients are averaged.
     is_shared: all tasks are moved by the mean of their gradients.
   """
 
   def gradients(recipes, tasks, keys):
-    loss, grad, losses, is_finite = setting.gradients(recipes, tasks, keys)
-    found = grad["hyperparameters"]
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    each = [keys, *(fold(keys, number) for number in range(1, num_runs))]
+    runs = [setting.gradients(recipes, tasks, run_keys) for run_keys in each]
+    loss, grad, losses, is_finite = jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0), *runs)
+    found, is_finite = grad["hyperparameters"], is_finite == 1
     if is_shared:
       found = jax.tree.map(lambda g: jnp.broadcast_to(g.mean(axis=0), g.shape), found)
     return loss, {**grad, "hyperparameters": found, "mixture_logits": 0 * grad["mixture_logits"]}, losses, is_finite
@@ -63,7 +75,7 @@ def learn(
   setting: setting_lib.Setting,
   tasks: meta_tasks.MetaTask,
   start: Mapping[str, float],
-  outer_steps: int,
+  outer: Outer,
   is_shared: bool = False,
 ) -> dict[str, np.ndarray]:
   """`[num_tasks]` constrained hyperparameters of the setting's space after the outer steps."""
@@ -71,9 +83,8 @@ def learn(
   one = {"hyperparameters": setting.space.init(start), "mixture_logits": jnp.zeros(tasks.source.shape[1])}
   recipes = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), one)
   keys = lambda step: jax.random.split(jax.random.fold_in(jax.random.key(1), step), count)
-  found, losses = refine.descend(
-    restricted(setting, is_shared), tasks, keys, recipes, outer_steps, OUTER_RATE, batch_size=count
-  )
+  part = restricted(setting, outer.num_runs, is_shared)
+  found, losses = refine.descend(part, tasks, keys, recipes, outer.num_steps, outer.rate, batch_size=count)
   if not np.isfinite(losses).all():
     print(f"not finite: {(~np.isfinite(losses)).any(axis=-1).sum()} of {losses.shape[0] * count} runs")
   return setting_lib.whole(setting.space, jax.vmap(setting.space.constrain)(found["hyperparameters"]))
@@ -142,7 +153,7 @@ def show(title: str, rows: Sequence[Mapping[str, float]], factor: float) -> dict
 
 
 def learning_rate(
-  setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, outer_steps: int, num_seeds: int
+  setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, outer: Outer, num_seeds: int
 ) -> dict[str, Any]:
   """Part 1, and the grid's best rate for all tasks together."""
   setting = dataclasses.replace(setting, space=spaces.Space({"learning_rate": RATE_SPACE}))
@@ -154,12 +165,12 @@ def learning_rate(
   result["at_default"] = float(at_start.mean())
   flat = [RATES[mean[:, i] <= mean[:, i].min() + 0.02] for i in range(count)]
   result["flat"] = [float(rates.max() / rates.min()) for rates in flat]
-  found = learn(setting, tasks, start, outer_steps)
+  found = learn(setting, tasks, start, outer)
   rows = figures(found["learning_rate"], at(found), RATES, grid)
   result["each"] = show("learning rate, each task's own", rows, factor)
   print(f"objective at the default {result['at_default']:.3f}; rates within 0.02 of the least span a factor of "
         f"{np.median(result['flat']):.2f} (median)")  # fmt: skip
-  found = learn(setting, tasks, start, outer_steps, is_shared=True)
+  found = learn(setting, tasks, start, outer, is_shared=True)
   shared = lambda values: values.mean(axis=-2)[..., None, :]  # one task: the mean of them
   rows = figures(found["learning_rate"][:1], shared(at(found)), RATES, shared(grid))
   result["shared"] = show("learning rate, one for all tasks", rows, factor)
@@ -167,7 +178,7 @@ def learning_rate(
 
 
 def batch_size(
-  setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, outer_steps: int, num_seeds: int
+  setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, outer: Outer, num_seeds: int
 ) -> dict[str, Any]:
   """Part 2."""
   count, num_rows = len(tasks.budget), setting.run.num_steps * setting.run.batch_size // 2
@@ -189,7 +200,7 @@ def batch_size(
   ):
     space = spaces.Space({name: all_spaces[name] for name in names})
     part = dataclasses.replace(setting, run=run, space=space, fixed={**setting.fixed, **start})
-    found = learn(part, tasks, {name: start[name] for name in names}, outer_steps)
+    found = learn(part, tasks, {name: start[name] for name in names}, outer)
     at_found = judge(part, tasks, {name: np.asarray(x)[None] for name, x in found.items()}, num_seeds)[0]
     rows = figures(np.asarray(found["batch_size"]), at_found, np.asarray(SIZES, float), at_grid)
     if "learning_rate" in found:
@@ -200,13 +211,18 @@ def batch_size(
   return result
 
 
+PARTS = {"rate": learning_rate, "size": batch_size}
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--variant", default="small", help="of configs/compare.py")
   parser.add_argument("--num_tasks", type=int, default=10, help="unseen tasks")
   parser.add_argument("--num_seeds", type=int, default=4, help="runs of each value on each task, at least 2")
-  parser.add_argument("--outer_steps", type=int, default=24, help="meta-gradients on each task, part 1")
-  parser.add_argument("--size_steps", type=int, default=12, help="the same, part 2")
+  parser.add_argument("--parts", default="rate,size", help="which of the two, separated by commas")
+  parser.add_argument("--outer_steps", type=int, default=24, help="of the direct learner on each task")
+  parser.add_argument("--outer_rate", type=float, default=0.3, help="of its Adam, as compare.learning_rate")
+  parser.add_argument("--num_runs", type=int, default=1, help="runs whose gradients are averaged in such a step")
   parser.add_argument("--seed", type=int, default=0, help="of tasks, data and base model")
   parser.add_argument("--json", help="file to write the figures to")
   arguments = parser.parse_args()
@@ -219,13 +235,14 @@ def main():
     setting.pools, "unseen", arguments.num_tasks, config.seed + 2, shape, config.tasks.planted_fraction
   )
   print(f"built after {time.perf_counter() - began:.0f} s", flush=True)
-  rates = learning_rate(setting, tasks, arguments.outer_steps, arguments.num_seeds)
-  print(f"after {time.perf_counter() - began:.0f} s", flush=True)
-  sizes = batch_size(setting, tasks, arguments.size_steps, arguments.num_seeds)
-  print(f"{arguments.num_tasks} tasks, {arguments.num_seeds} seeds, {time.perf_counter() - began:.0f} s")
-  if arguments.json:
-    with open(arguments.json, "w") as file:
-      json.dump(vars(arguments) | {"learning_rate": rates, "batch_size": sizes}, file, indent=2)
+  outer = Outer(arguments.outer_steps, arguments.outer_rate, arguments.num_runs)
+  result: dict[str, Any] = vars(arguments)
+  for name in arguments.parts.split(","):
+    result[name] = PARTS[name](setting, tasks, outer, arguments.num_seeds)
+    print(f"after {time.perf_counter() - began:.0f} s", flush=True)
+    if arguments.json:
+      with open(arguments.json, "w") as file:
+        json.dump(result, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Whether `worst` and `retention` do what they say, on unseen tasks, against the plain mean.
 
-python -m benchmarks.objectives [--tasks=20] [--steps=16] [--seeds=8] [--json=FILE]
+python -m benchmarks.objectives [--tasks=20] [--steps=16] [--seeds=8] [--learning_rate=5e-3] [--json=FILE]
 
-The setting is that of configs/compare.py:small, with the hyperparameters held at their values: recipes differ in their
-mixture alone. Each task has a recipe of its own, learned from equal weights by `--steps` steps of Adam along the
-meta-gradients of whole runs; recipes that are compared have the same start, steps, rate and keys. Then `--seeds`
-ordinary runs follow each, with keys of their own, and their test losses are averaged.
+The setting is that of configs/compare.py:small. With `--learning_rate` the hyperparameters are held, with this learning
+rate, and recipes differ in their mixture alone: that tells apart what the objective and what an unstable run does. Each
+task has a recipe of its own, learned from equal weights by `--steps` steps of Adam along the meta-gradients of whole
+runs; recipes that are compared have the same start, steps, rate and keys. Then `--seeds` ordinary runs follow each,
+with keys of their own, and their test losses are averaged.
 
 Worst: unseen tasks of two or three abilities. Judged by the worst ability's test loss (of each run, then the mean),
 under `worst` and under `mean`. A task counts as won only where it is lower by more than 1e-3 nats; less is a tie.
@@ -54,12 +55,11 @@ class Case:
   objective: outer_objective.ObjectiveState  # of `retention`
 
 
-def get_config(variant: str = "small") -> ml_collections.ConfigDict:
+def get_config(variant: str = "small", learning_rate: float | None = None) -> ml_collections.ConfigDict:
   """The setting, and `retention` for two abilities and a third that is to be kept."""
   config = compare_config.get_config(variant)
-  for spec in config.hyperparameters.values():
-    spec.learn = False
-  config.hyperparameters.learning_rate.value = 5e-3
+  if learning_rate is not None:
+    config.hyperparameters.learning_rate.value = learning_rate
   config.objective.name = "retention"
   config.objective.penalty = config.objective.step_size = 5.0
   config.abilities = ml_collections.ConfigDict({"a": {"weight": 0.5}, "b": {"weight": 0.5}, "kept": {"weight": 0.0}})
@@ -127,12 +127,18 @@ def objective(config: ml_collections.ConfigDict, case: Case) -> Callable:
 
 
 def descend(
-  config: ml_collections.ConfigDict, setting: setting_lib.Setting, cases: Case, seeds: jax.Array, num_steps: int
+  config: ml_collections.ConfigDict,
+  setting: setting_lib.Setting,
+  cases: Case,
+  seeds: jax.Array,
+  num_steps: int,
+  is_held: bool,
 ) -> tuple[Any, np.ndarray]:
   """`refine.descend` for cases, whose multipliers are updated after every step by the losses of its runs.
 
   Args:
     seeds: `[num_cases]` int32; cases with the same one see the same data.
+    is_held: whether the hyperparameters stay as they are.
 
   Returns:
     The recipes, and `[num_steps, num_cases, max_abilities]` validation losses of the runs that were differentiated.
@@ -156,6 +162,8 @@ def descend(
   opt_state, seen = optimizer.init(recipe), []
   for number in range(num_steps):
     grad, state, losses = many_tasks.in_batches(step, (recipe, cases, seeds, jnp.full(len(seeds), number)))
+    if is_held:
+      grad = {**grad, "hyperparameters": jax.tree.map(jnp.zeros_like, grad["hyperparameters"])}
     updates, opt_state = optimizer.update(grad, opt_state)
     recipe, cases = optax.apply_updates(recipe, updates), cases.replace(objective=state)
     seen.append(np.asarray(losses))
@@ -164,9 +172,9 @@ def descend(
 
 def outcomes(setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, recipe: Any, seeds: Any, runs: int):
   """`[num_runs, num_tasks, max_abilities]` test losses after ordinary runs; NaN for absent abilities of padding."""
-  weights = jax.vmap(many_tasks.mixture)(recipe["mixture_logits"], tasks.source_mask)
+  values, weights = setting_lib.constrained(setting, recipe, tasks)
   keys = lambda run: jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(1000 + run), seed))(seeds)
-  return np.stack([np.asarray(setting.outcome("test", {}, weights, tasks, keys(run))) for run in range(runs)])
+  return np.stack([np.asarray(setting.outcome("test", values, weights, tasks, keys(run))) for run in range(runs)])
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
@@ -207,7 +215,12 @@ def retention_figures(losses: np.ndarray, base: np.ndarray, tolerance: float) ->
 
 
 def run(
-  config: ml_collections.ConfigDict, num_tasks: int, num_steps: int, num_seeds: int, tolerance: float
+  config: ml_collections.ConfigDict,
+  num_tasks: int,
+  num_steps: int,
+  num_seeds: int,
+  tolerance: float,
+  is_held: bool = False,
 ) -> dict[str, Any]:
   """Both parts; the figures, and the test losses of each task that they come from."""
   setting = build_setting(config)
@@ -216,7 +229,7 @@ def run(
   groups = [(ordinary, "mean"), (ordinary, "worst"), (kept, "mean"), (kept, "retention")]
   cases = jax.tree.map(lambda *x: jnp.concatenate(x), *(build_cases(config, setting, *group) for group in groups))
   seeds = jnp.tile(jnp.arange(num_tasks), len(groups))
-  recipe, seen = descend(config, setting, cases, seeds, num_steps)
+  recipe, seen = descend(config, setting, cases, seeds, num_steps, is_held)
   losses = np.split(outcomes(setting, cases.task, recipe, seeds, num_seeds), len(groups), axis=1)
   base = np.asarray(base_losses(setting, "test", kept))
   first = worst_against_mean({"mean": losses[0], "worst": losses[1]}, np.asarray(ordinary.ability_weight))
@@ -244,10 +257,13 @@ def main():
   parser.add_argument("--steps", type=int, default=16, help="meta-gradient steps on each recipe")
   parser.add_argument("--seeds", type=int, default=8, help="runs that each recipe is judged by")
   parser.add_argument("--tolerance", type=float, default=0.05, help="nats that a kept ability may lose")
+  parser.add_argument("--learning_rate", type=float, help="hold the hyperparameters, with this learning rate")
   parser.add_argument("--json", help="file to write the figures to")
   arguments = parser.parse_args()
   start = time.perf_counter()
-  found = run(get_config(), arguments.tasks, arguments.steps, arguments.seeds, arguments.tolerance)
+  held = arguments.learning_rate
+  config = get_config(learning_rate=held)
+  found = run(config, arguments.tasks, arguments.steps, arguments.seeds, arguments.tolerance, is_held=held is not None)
   row = found["worst"]
   interval = lambda row: f"({row['low']:.3f} to {row['high']:.3f})"
   print(f"worst ability's test loss: under worst {row['worst']:.3f}, under mean {row['mean']:.3f}")
