@@ -32,7 +32,7 @@ import numpy as np
 from configs import compare as compare_config
 from mftjax import spaces
 from mftjax.data import meta_tasks
-from mftjax.loops import refine
+from mftjax.loops import compare, refine
 from mftjax.loops import setting as setting_lib
 
 RATES = 1.5e-3 * 1.15 ** np.arange(22)  # up to 2.8e-2
@@ -101,9 +101,7 @@ def judge(
   weights = many.source_mask / many.source_mask.sum(axis=1, keepdims=True)
   keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(2), s))(jnp.asarray(seed))
   losses = setting.outcome("validation", {n: spread(x) for n, x in values.items()}, weights, many, keys)
-  scale = setting_lib.task_scale(setting.scale["validation"], many)
-  one = lambda loss, scale, weight: setting_lib.build_objective(scale, weight, setting.objective)(loss)
-  found = np.asarray(jax.vmap(one)(losses, scale, many.ability_weight), np.float64).reshape(shape)
+  found = compare.judged(setting, many, "validation", losses, setting.objective).reshape(shape)
   return np.where(np.isfinite(found), found, np.inf)
 
 
@@ -230,7 +228,7 @@ def main():
   config = compare_config.get_config(arguments.variant)
   config.seed = arguments.seed
   setting = setting_lib.build(config)
-  shape = meta_tasks.Shape(config.tasks.max_sources, config.tasks.max_abilities, config.tasks.min_budget)
+  shape = setting_lib.task_shape(config)
   tasks = meta_tasks.sample(
     setting.pools, "unseen", arguments.num_tasks, config.seed + 2, shape, config.tasks.planted_fraction
   )

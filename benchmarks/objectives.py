@@ -36,7 +36,7 @@ from configs import compare as compare_config
 from mftjax import config as config_lib
 from mftjax import metrics, objectives
 from mftjax.data import meta_tasks
-from mftjax.loops import compare, many_tasks, outer_objective
+from mftjax.loops import compare, many_tasks, outer_objective, refine
 from mftjax.loops import setting as setting_lib
 
 KINDS = ("mean", "worst", "retention")
@@ -157,7 +157,7 @@ def descend(
     state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, case.objective)
     return jax.tree.map(lambda g: factor * g, grad), state, losses
 
-  optimizer = optax.adam(optax.cosine_decay_schedule(RATE, num_steps, alpha=0.1), b1=0.8, b2=0.95)
+  optimizer = refine.optimizer(num_steps, RATE)
   recipe = compare.default_recipes(config, setting, len(seeds))
   opt_state, seen = optimizer.init(recipe), []
   for number in range(num_steps):
@@ -224,7 +224,7 @@ def run(
 ) -> dict[str, Any]:
   """Both parts; the figures, and the test losses of each task that they come from."""
   setting = build_setting(config)
-  shape = meta_tasks.Shape(config.tasks.max_sources, config.tasks.max_abilities, config.tasks.min_budget)
+  shape = setting_lib.task_shape(config)
   ordinary, kept = sample(setting.pools, num_tasks, config.seed, shape), guarded(setting.pools, num_tasks, config.seed)
   groups = [(ordinary, "mean"), (ordinary, "worst"), (kept, "mean"), (kept, "retention")]
   cases = jax.tree.map(lambda *x: jnp.concatenate(x), *(build_cases(config, setting, *group) for group in groups))

@@ -10,12 +10,7 @@ import numpy as np
 
 from mftjax import features
 
-_NAMES = {
-  "source": features.SOURCE_FEATURES,
-  "ability": features.ABILITY_FEATURES,
-  "pair": features.PAIR_FEATURES,
-}
-FIELDS = (*_NAMES, "match")  # of `features.Features`, that a prediction is attributed to
+FIELDS = (*features.NAMES, "match")  # of `features.Features`, that a prediction is attributed to
 
 
 def integrated_gradients(
@@ -51,17 +46,12 @@ def mean_task(known: features.Features, task: features.Features) -> features.Fea
     known: `[num_tasks, ...]`, for example those of meta-training.
     task: whose sources and abilities are there.
   """
-  there = lambda one: (np.asarray(one.source_mask) > 0, np.asarray(one.ability_weight) > 0)
-  (is_source, is_ability), (has_source, has_ability) = there(known), there(task)
-  present = {
-    "source": (is_source, has_source),
-    "ability": (is_ability, has_ability),
-    "pair": (is_source[:, :, None] & is_ability[:, None], has_source[:, None] & has_ability),
-  }
+  known_present, present = features.present(known), features.present(task)
   means: dict[str, Any] = {}
-  for name, (where, has) in present.items():
-    mean = np.asarray(getattr(known, name))[where].mean(axis=0)
+  for name, has in present.items():
+    mean = np.asarray(getattr(known, name))[known_present[name]].mean(axis=0)
     means[name] = jnp.asarray(np.where(has[..., None], mean, 0.0), jnp.float32)
+  has_source = present["source"]
   means["match"] = jnp.asarray(has_source / max(has_source.sum(), 1), jnp.float32)
   return dataclasses.replace(task, **means)
 
@@ -77,7 +67,7 @@ def labels(sources: Sequence[str], abilities: Sequence[str]) -> dict[str, np.nda
     "ability": np.asarray([f"{a}: " for a in abilities]),
     "pair": np.asarray([[f"{s} for {a}: " for a in abilities] for s in sources]),
   }
-  found = {name: np.char.add(group[..., None], np.asarray(_NAMES[name])) for name, group in groups.items()}
+  found = {name: np.char.add(group[..., None], np.asarray(features.NAMES[name])) for name, group in groups.items()}
   return {**found, "match": np.char.add(groups["source"], "gradient matching")}
 
 

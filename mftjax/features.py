@@ -26,6 +26,7 @@ PAIR_FEATURES: tuple[str, ...] = (
   *("cosine", "cosine_after", "embedding_cosine", "influence"),
   *("loss_drop", "loss_after"),
 )
+NAMES = {"source": SOURCE_FEATURES, "ability": ABILITY_FEATURES, "pair": PAIR_FEATURES}  # by field of `Features`
 
 _LOSS_FLOOR = 1e-3  # nats; a relative drop of a smaller loss is noise
 _NORM_FLOOR = 1e-8
@@ -229,6 +230,16 @@ def static_features(rows: tokens.Rows) -> np.ndarray:
   num_distinct = len({hashlib.sha256(row.tobytes()).digest() for row in rows.tokens})
   log_targets = np.log(max(float(rows.loss_mask.sum()) / num_rows, 1.0))
   return np.asarray([np.log(num_rows), log_targets, 1.0 - num_distinct / num_rows], np.float32)
+
+
+def present(found: Features) -> dict[str, np.ndarray]:
+  """Which entries of each field of `NAMES` are there, of one task or many: `[..., num]`, of pairs `[..., num, num]`."""
+  is_source, is_ability = np.asarray(found.source_mask) > 0, np.asarray(found.ability_weight) > 0
+  return {
+    "source": is_source,
+    "ability": is_ability,
+    "pair": is_source[..., :, None] & is_ability[..., None, :],
+  }
 
 
 def summaries(found: Features) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The meta-learner: features of a task -> its hyperparameters, its mixture, and what to expect of them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -30,6 +31,11 @@ class Prediction:
   loss_ratio: jax.Array  # [num_abilities] f32, log of (loss after training / loss of the base model), expected
   log_spread: jax.Array  # [num_abilities] f32, log of its standard deviation
 
+  @property
+  def recipe(self) -> dict[str, Any]:
+    """The meta-parameters that it stands for, as runs take them."""
+    return {"hyperparameters": self.hyperparameters, "mixture_logits": self.mixture_logits}
+
 
 class MetaLearner(nnx.Module):
   """Deep sets over pairs of sources and abilities; equivariant in the sources, invariant in the abilities' order.
@@ -54,11 +60,10 @@ class MetaLearner(nnx.Module):
     for name in shared:
       if name not in initial:
         raise errors.unknown_name("shared hyperparameter", name, initial)
-    num_source, num_ability = len(features.SOURCE_FEATURES), len(features.ABILITY_FEATURES)
-    num_pair = len(features.PAIR_FEATURES)
+    sizes = {name: len(names) for name, names in features.NAMES.items()}
+    num_source, num_ability, num_pair = (sizes[name] for name in ("source", "ability", "pair"))
     self.names = tuple(sorted(initial))
     self.shared = tuple(shared)
-    sizes = {"source": num_source, "ability": num_ability, "pair": num_pair}
     self.mean = nnx.data({name: Normaliser(jnp.zeros(size)) for name, size in sizes.items()})
     self.spread = nnx.data({name: Normaliser(jnp.ones(size)) for name, size in sizes.items()})
     self.start = nnx.data({name: Normaliser(jnp.asarray(initial[name])) for name in self.names})
@@ -118,9 +123,7 @@ class MetaLearner(nnx.Module):
 
   def fit_normaliser(self, tasks: features.Features) -> None:
     """Takes mean and spread of every feature from `[num_tasks, ...]` training tasks, absent entries left out."""
-    is_source, is_ability = np.asarray(tasks.source_mask) > 0, np.asarray(tasks.ability_weight) > 0
-    present = {"source": is_source, "ability": is_ability, "pair": is_source[:, :, None] & is_ability[:, None]}
-    for name, where in present.items():
+    for name, where in features.present(tasks).items():
       values = np.asarray(getattr(tasks, name))[where]
       self.mean[name][...] = jnp.asarray(values.mean(axis=0))
       self.spread[name][...] = jnp.asarray(values.std(axis=0) + 1e-6)

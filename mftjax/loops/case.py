@@ -91,7 +91,7 @@ def read(
     list(zip(task_lib.names(task.sources), source_rows, strict=True)),
     list(zip(names, ability_rows, strict=True)),
     weights,
-    meta_tasks.Shape(config.tasks.max_sources, config.tasks.max_abilities, config.tasks.min_budget),
+    setting_lib.task_shape(config),
     config.tasks.pool_rows,
     task.budget_tokens / config.budget_tokens,
   )

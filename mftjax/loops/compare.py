@@ -14,6 +14,7 @@ from absl import logging
 
 from mftjax import baselines, features, files, metalearner, metrics, objectives, spaces
 from mftjax import config as config_lib
+from mftjax.data import meta_tasks
 from mftjax.loops import meta_learn, refine
 from mftjax.loops import setting as setting_lib
 
@@ -48,12 +49,12 @@ def repeat(found: meta_learn.TaskSet, num_seeds: int) -> Tasks:
 
 
 def judged(
-  setting: setting_lib.Setting, tasks: Tasks, part: str, losses: Any, objective: objectives.Objective
+  setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, part: str, losses: Any, objective: objectives.Objective
 ) -> np.ndarray:
   """`[num_tasks]` f64 of the objective at `[num_tasks, max_abilities]` losses on the part's rows."""
-  scale = setting_lib.task_scale(setting.scale[part], tasks.found.tasks)
+  scale = setting_lib.task_scale(setting.scale[part], tasks)
   one = lambda losses, scale, weight: setting_lib.build_objective(scale, weight, objective)(losses)
-  return np.asarray(jax.vmap(one)(losses, scale, tasks.found.tasks.ability_weight), np.float64)
+  return np.asarray(jax.vmap(one)(losses, scale, tasks.ability_weight), np.float64)
 
 
 def validation(
@@ -73,7 +74,7 @@ def validation(
   found = setting.outcome("validation", values, weights, tasks.found.tasks, tasks.keys(purpose), fraction, index)
   losses = np.full(tasks.found.tasks.ability_weight.shape, np.nan, np.float32)
   losses[slice(None) if index is None else index] = found
-  return judged(setting, tasks, "validation", losses, setting.objective)
+  return judged(setting, tasks.found.tasks, "validation", losses, setting.objective)
 
 
 def repeated(values: Mapping[str, float], count: int) -> dict[str, np.ndarray]:
@@ -173,7 +174,7 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   for name, choice in choices.items():
     found = setting.outcome("test", choice.values, choice.weights, tasks.found.tasks, tasks.keys(1))
     losses[name] = jnp.where(jnp.isfinite(found), found, DIVERGED)
-    gain = -judged(setting, tasks, "test", losses[name], objectives.OBJECTIVES["normalised"])
+    gain = -judged(setting, tasks.found.tasks, "test", losses[name], objectives.OBJECTIVES["normalised"])
     gains[name] = gain.reshape(limits.num_tasks, limits.num_seeds).mean(axis=1)
   for name, choice in choices.items():
     low, high = metrics.bootstrap_interval(gains[name])
@@ -218,7 +219,7 @@ def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: 
   for name, build in searches.items():
     logging.warning("compare: %s", name)
     choices[name] = search(setting, tasks, build)
-  recipe = meta_learn.recipes(learnt.predict(tasks.found.features))
+  recipe = learnt.predict(tasks.found.features).recipe
   choices["predicted"] = as_choice(setting, tasks, recipe, probe)
   logging.warning("compare: refined and direct")
   refined = descend(setting, tasks, recipe, limits.refine_steps, limits.learning_rate / 2)

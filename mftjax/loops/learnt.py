@@ -22,11 +22,7 @@ from mftjax.loops import task as task_lib
 FILE, ARRAYS, BASE_MODEL = "meta_learner.json", "meta_learner.npz", "base_model"
 FORMAT = "mftjax-meta-learner/1"
 _MOST_KNOWN = 4096  # training tasks that are kept
-_FEATURES = {
-  "source": list(features.SOURCE_FEATURES),
-  "ability": list(features.ABILITY_FEATURES),
-  "pair": list(features.PAIR_FEATURES),
-}
+_FEATURES = {name: list(names) for name, names in features.NAMES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +73,7 @@ def keep(
   """
   if not config.model.path:
     models.save(nnx.merge(setting.model.graphdef, setting.model.params), tokens.char_tokenizer(), workdir / BASE_MODEL)
-  recipe = {"hyperparameters": prediction.hyperparameters, "mixture_logits": prediction.mixture_logits}
-  values, weights = setting_lib.constrained(setting, recipe, tasks)
+  values, weights = setting_lib.constrained(setting, prediction.recipe, tasks)
   arrays: dict[str, Any] = {f"known/hyperparameters/{name}": value for name, value in values.items()}
   arrays |= {"known/weights": weights, **_names(setting.pools, tasks)}
   for field in dataclasses.fields(task_features):

@@ -41,8 +41,8 @@ def sample_tasks(
   config: ml_collections.ConfigDict, setting: setting_lib.Setting, families: str, num_tasks: int, seed: int
 ) -> TaskSet:
   """Random tasks of a split of the families, probed."""
-  shape = meta_tasks.Shape(config.tasks.max_sources, config.tasks.max_abilities, config.tasks.min_budget)
-  tasks = meta_tasks.sample(setting.pools, families, num_tasks, seed, shape, config.tasks.planted_fraction)
+  shape, planted = setting_lib.task_shape(config), config.tasks.planted_fraction
+  tasks = meta_tasks.sample(setting.pools, families, num_tasks, seed, shape, planted)
   return TaskSet(tasks, setting_lib.probe_tasks(setting, tasks, seed))
 
 
@@ -60,11 +60,6 @@ def init_learner(
 def predict(graphdef: Any, state: Any, task_features: features.Features) -> metalearner.Prediction:
   """Predictions for `[num_tasks, ...]` features."""
   return jax.vmap(lambda one: nnx.merge(graphdef, state)(one))(task_features)
-
-
-def recipes(prediction: metalearner.Prediction) -> dict[str, Any]:
-  """The meta-parameters of the tasks that a prediction stands for."""
-  return {"hyperparameters": prediction.hyperparameters, "mixture_logits": prediction.mixture_logits}
 
 
 def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -89,7 +84,7 @@ def build_outer_step(config: ml_collections.ConfigDict, setting: setting_lib.Set
     weight, base = batch.tasks.ability_weight, setting_lib.task_scale(setting.scale["validation"], batch.tasks).base
     prediction, pull = jax.vjp(lambda learner: predict(graphdef, learner, batch.features), state.learner)
     keys = jax.random.split(key, len(weight))
-    loss, grad, losses, is_run_finite = setting.gradients(recipes(prediction), batch.tasks, keys)
+    loss, grad, losses, is_run_finite = setting.gradients(prediction.recipe, batch.tasks, keys)
     mean = lambda values: jnp.where(is_run_finite, values, 0.0).sum() / is_run_finite.sum()
     # Masked before any arithmetic: a NaN that is masked after it comes back in the gradient.
     observed = jnp.where(is_run_finite[:, None], metalearner.log_ratio(losses, base), 0.0)
@@ -118,7 +113,7 @@ def calibrate(
 ) -> float:
   """Factor on the predicted spreads, from runs with the predicted recipes on held-out tasks; see `conformal_scale`."""
   prediction = predict(graphdef, state, found.features)
-  log_ratio = outcomes(setting, recipes(prediction), found.tasks, seed)
+  log_ratio = outcomes(setting, prediction.recipe, found.tasks, seed)
   return metalearner.conformal_scale(prediction, log_ratio, np.asarray(found.tasks.ability_weight))
 
 

@@ -59,7 +59,7 @@ def predict_task(
   probed = jax.tree.map(lambda x: x[0], case.probe(case.task.ability_weight[None]))
   prediction = kept.predict(probed)
   expected = case.expected(prediction)
-  recipe = {"hyperparameters": prediction.hyperparameters, "mixture_logits": prediction.mixture_logits}
+  recipe = prediction.recipe
   run_tokens = case.setting.run.num_steps * config.batch_size * config.length
   predicted = {
     "ability_loss": case.by_ability(expected["expected"]),

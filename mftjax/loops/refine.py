@@ -12,6 +12,11 @@ from mftjax.loops import many_tasks
 from mftjax.loops import setting as setting_lib
 
 
+def optimizer(num_steps: int, rate: float) -> optax.GradientTransformation:
+  """Adam, whose rate falls to a tenth by a cosine."""
+  return optax.adam(optax.cosine_decay_schedule(rate, max(num_steps, 1), alpha=0.1), b1=0.8, b2=0.95)
+
+
 def descend(
   setting: setting_lib.Setting,
   tasks: meta_tasks.MetaTask,
@@ -33,12 +38,12 @@ def descend(
     The recipes, and `[num_steps, num_tasks, max_abilities]` validation losses of the runs that were differentiated,
     nats. Where a run is not finite its gradient counts as 0, and its losses are NaN.
   """
-  optimizer = optax.adam(optax.cosine_decay_schedule(rate, max(num_steps, 1), alpha=0.1), b1=0.8, b2=0.95)
-  recipe, opt_state, seen = start, optimizer.init(start), []
+  adam = optimizer(num_steps, rate)
+  recipe, opt_state, seen = start, adam.init(start), []
   for number in range(num_steps):
     args = (recipe, tasks, keys(number))
     _, grad, losses, is_finite = many_tasks.in_batches(setting.gradients, args, batch_size=batch_size)
-    updates, opt_state = optimizer.update(grad, opt_state)
+    updates, opt_state = adam.update(grad, opt_state)
     recipe = optax.apply_updates(recipe, updates)
     seen.append(np.where(np.asarray(is_finite)[:, None], losses, np.nan))
   return recipe, np.asarray(seen)

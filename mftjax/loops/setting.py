@@ -152,6 +152,11 @@ def assemble(
   return Setting(model, run, pools, space, fixed, probe, _static(pools), scale, *outer)
 
 
+def task_shape(config: ml_collections.ConfigDict) -> meta_tasks.Shape:
+  """What the config's meta-tasks have in common."""
+  return meta_tasks.Shape(config.tasks.max_sources, config.tasks.max_abilities, config.tasks.min_budget)
+
+
 def _smallest_batch(space: spaces.Space, fixed: Mapping[str, float]) -> float | None:
   """The least rows of a batch, of those that are learned and of those that are rounded."""
   learned = space.spaces.get("batch_size")
