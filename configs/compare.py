@@ -1,15 +1,28 @@
-"""Recipes predicted by a meta-learner against searches, on unseen procedural tasks with a tiny model.
+"""Recipes predicted by a meta-learner against searches, on unseen tasks.
 
 python -m experiments.compare --config=configs/compare.py:small --workdir=runs/compare
+python -m experiments.compare --config=configs/compare.py:smollm2 --workdir=runs/compare_smollm2
 
-Codes of three disjoint families make the tasks: to meta-train on, to calibrate with, and unseen ones to compare on.
-Variants: `small` takes about half an hour on 2 CPU cores; `tiny` only shows that it runs.
+`small`: procedural tasks with a tiny model, about half an hour on 2 CPU cores. Codes of three disjoint families make
+the tasks: to meta-train on, to calibrate with, and unseen ones to compare on. `tiny` only shows that it runs.
+`smollm2`: tasks of 15 families of real data with SmolLM2-135M-Instruct and LoRA, TODO on 2 CPU cores. The model
+and the data are those of configs/smollm2.py.
 """
 
+from configs import smollm2
 from mftjax import config as config_lib
+
+# Families of which most examples fit 64 tokens, none of them another size of one that is here.
+_BBH = (
+  *("boolean_expressions", "disambiguation_qa", "dyck_languages", "movie_recommendation", "multistep_arithmetic_two"),
+  *("object_counting", "ruin_names", "sports_understanding"),
+)
+_P3 = ("common_gen", "commonsense_qa", "paws_labeled_final", "qasc", "quarel", "quartz", "social_i_qa")
 
 
 def get_config(variant="small"):
+  if variant == "smollm2":
+    return _smollm2()
   config = config_lib.default()
   config.task = "compare"
   config.learner.kind = "meta"
@@ -50,5 +63,52 @@ def get_config(variant="small"):
     config.compare.refine_steps = 1
     config.compare.direct_steps = 1
   elif variant != "small":
-    raise ValueError(f"No variant {variant!r} of configs/compare.py; there are: small, tiny.")
+    raise ValueError(f"No variant {variant!r} of configs/compare.py; there are: small, smollm2, tiny.")
+  return config
+
+
+def _smollm2():
+  config = config_lib.default()
+  config.task = "compare_smollm2"
+  config.learner.kind = "meta"
+  config.objective.name = "normalised"
+  smollm2.use_model(config)
+  config.length = 64
+  config.batch_size = 4
+  config.budget_tokens = 12 * 4 * 64
+  config_lib.learned("learning_rate", config, 1e-4, 2e-2, value=1e-3)
+  del config.hyperparameters["b1"], config.hyperparameters["weight_decay"]
+  data = smollm2.data_folder()
+  files = [data / "bbh" / f"{name}.jsonl" for name in _BBH] + [data / "p3" / f"{name}.jsonl" for name in _P3]
+  config.tasks.folders = tuple(str(file) for file in files)
+  config.tasks.at_once = 1
+  config.tasks.planted_fraction = 0.0
+  config.tasks.max_sources = 4
+  config.tasks.max_abilities = 2
+  config.tasks.min_budget = 1.0
+  config.tasks.num_train = 12
+  config.tasks.num_validation = 4
+  config.tasks.pool_rows = 64
+  config.tasks.validation_rows = 12
+  config.tasks.test_rows = 32
+  config.tasks.reference_rates = (2e-3, 5e-3)
+  config.tasks.reference_seeds = 1
+  config.probe.rows = 4
+  config.probe.num_steps = 4
+  config.probe.batch_size = 4
+  config.probe.learning_rate = 3e-3
+  config.meta.unroll_length = 12
+  config.meta.outer_steps = 12
+  config.learner.tasks_per_step = 2
+  config.compare.num_tasks = 6
+  config.compare.num_seeds = 1
+  config.compare.num_trials = 10
+  config.compare.constant_tasks = 4
+  config.compare.refine_steps = 2
+  config.compare.direct_steps = 5
+  config.compare.methods = (
+    *("uniform, default", "proportional, default", "best constant", "nearest meta-task"),
+    *("random search", "TPE", "predicted", "predicted, refined", "direct"),
+  )
+  config.checkpoint_every = 4
   return config

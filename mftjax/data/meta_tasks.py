@@ -15,7 +15,7 @@ import numpy as np
 from mftjax import errors
 from mftjax.data import codebooks, sources, tokens
 
-# Families of abilities: a meta-learner that is trained on the first never sees the last.
+# Families of procedural abilities: a meta-learner that is trained on the first never sees the last.
 FAMILIES: dict[str, tuple[str, ...]] = {
   "train": codebooks.NAMES[:12],
   "validation": codebooks.NAMES[12:16],
@@ -35,6 +35,9 @@ class Pools:
   test: dict[str, jax.Array]  # likewise: what they are judged by
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)  # "suite/kind" of each train pool
   ability_names: tuple[str, ...] = flax.struct.field(pytree_node=False)  # suite of each held-out pool
+  families: Mapping[str, tuple[str, ...]] = flax.struct.field(
+    pytree_node=False, default_factory=dict
+  )  # split -> suites
 
 
 @flax.struct.dataclass
@@ -76,23 +79,28 @@ def sample(
   cross-entropy of answers is least at their own distribution.
 
   Args:
-    families: "train", "validation" or "unseen".
+    families: a split of the pools' families, "train", "validation" or "unseen".
     seed: of the tasks; another seed, other tasks.
     planted_fraction: part of the tasks that are planted.
 
   Raises:
-    InputError: no such split, or fewer than one task.
+    InputError: no such split, fewer than one task, or planted tasks of pools without planted sources.
   """
-  if families not in FAMILIES:
-    raise errors.unknown_name("split of the families", families, FAMILIES)
+  if families not in pools.families:
+    raise errors.unknown_name("split of the families", families, pools.families)
   if num_tasks < 1:
     raise errors.InputError(f"num_tasks = {num_tasks} must be at least 1.")
   if shape.max_sources < NUM_PLANTED or shape.max_sources < 2:
     raise errors.InputError(f"max_sources = {shape.max_sources} must be at least {NUM_PLANTED}.")
-  rng = np.random.default_rng([seed, list(FAMILIES).index(families)])
+  if planted_fraction and "planted/0" not in pools.names:
+    raise errors.InputError(
+      f"config.tasks.planted_fraction = {planted_fraction} must be 0 with config.tasks.folders: no mixture of real "
+      "data is known to be the best."
+    )
+  rng = np.random.default_rng([seed, list(pools.families).index(families)])
   num_planted = round(planted_fraction * num_tasks)
   made = [_planted_task(rng, pools, shape) for _ in range(num_planted)]
-  made += [_ordinary_task(rng, pools, shape, FAMILIES[families]) for _ in range(num_tasks - num_planted)]
+  made += [_ordinary_task(rng, pools, shape, pools.families[families]) for _ in range(num_tasks - num_planted)]
   return stack([made[i] for i in rng.permutation(num_tasks)])
 
 
@@ -191,8 +199,8 @@ def from_rows(
       f"{shape.min_budget:g} to 1."
     )
   thinned = lambda part: {name: _spread(rows, num_rows) for name, rows in part.items()}
-  abilities = _fields(thinned(held_out), num_rows)
-  pools = Pools(_fields(thinned(train), num_rows), abilities, abilities, tuple(train), tuple(held_out))
+  abilities = stack_rows(thinned(held_out), num_rows)
+  pools = Pools(stack_rows(thinned(train), num_rows), abilities, abilities, tuple(train), tuple(held_out))
   found = _task(
     np.random.default_rng(0), pools, shape, list(train), np.eye(len(held_out)), values, np.zeros(len(train))
   )
@@ -255,11 +263,12 @@ def build_pools(length: int, num_rows: int, seed: int, also_held_out: Sequence[s
     for number, found in enumerate(held_out.values()):
       found[f"planted/{answer}"] = rows(_planted(answer, num_examples, [seed, 1 + number, answer]))
   return Pools(
-    train=_fields(train, num_rows),
-    validation=_fields(held_out["validation"], num_rows),
-    test=_fields(held_out["test"], num_rows),
+    train=stack_rows(train, num_rows),
+    validation=stack_rows(held_out["validation"], num_rows),
+    test=stack_rows(held_out["test"], num_rows),
     names=tuple(train),
     ability_names=tuple(held_out["test"]),
+    families=FAMILIES,
   )
 
 
@@ -269,8 +278,8 @@ def _planted(answer: int, num_examples: int, seed: Sequence[int]) -> list[dict[s
   return [{"prompt": f"?{letter}:", "completion": "abcdefgh"[answer]} for letter in letters]
 
 
-def _fields(pools: Mapping[str, tokens.Rows], num_rows: int) -> dict[str, jax.Array]:
-  """The pools' first rows stacked; a pool with fewer repeats its own."""
+def stack_rows(pools: Mapping[str, tokens.Rows], num_rows: int) -> dict[str, jax.Array]:
+  """The pools' first `num_rows` rows, fields `[num_pools, num_rows, length]`; a pool with fewer repeats its own."""
   found = {}
   for name in ("tokens", "loss_mask", "segment_ids", "positions"):
     arrays = [getattr(rows, name) for rows in pools.values()]

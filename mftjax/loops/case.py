@@ -95,6 +95,6 @@ def read(
     config.tasks.pool_rows,
     task.budget_tokens / config.budget_tokens,
   )
-  measure = jax.jit(many_tasks.measure(kept.model, pools.validation, config.tasks.pool_rows))
+  measure = kept.model.compile(lambda model: many_tasks.measure(model, pools.validation, config.tasks.pool_rows))
   base = np.asarray(measure(kept.model.params, one))
   return Case(kept, setting_lib.assemble(config, kept.model, pools, {}), one, base, workdir)

@@ -1,6 +1,7 @@
 """Ways of choosing a recipe, compared on unseen tasks at equal tokens of the final run."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,12 +13,17 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import baselines, features, files, metalearner, metrics, objectives, spaces
+from mftjax import baselines, errors, features, files, metalearner, metrics, objectives, spaces
 from mftjax import config as config_lib
 from mftjax.data import meta_tasks
 from mftjax.loops import meta_learn, refine
 from mftjax.loops import setting as setting_lib
 
+METHODS = (
+  *("uniform, default", "proportional, default", "best constant", "nearest meta-task"),
+  *("random search", "TPE", "ASHA"),
+  *("predicted", "predicted, refined", "direct"),
+)
 DIVERGED = 10.0  # nats that an ability counts after a final run that is not finite
 
 
@@ -154,7 +160,7 @@ def as_choice(setting: setting_lib.Setting, tasks: Tasks, recipe: Any, spent: np
 
 
 def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-  """Chooses recipes for unseen tasks by every method, runs them, and writes `compare.json`.
+  """Chooses recipes for unseen tasks by every method of `compare.methods`, runs them, and writes `compare.json`.
 
   Trains the meta-learner first if the workdir has none. The final runs of all methods take the same tokens; what a
   method spends before them is counted in whole runs.
@@ -163,8 +169,15 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
     `{"num_tasks", "num_seeds", "rows": [{"name", "improvement", "low", "high", "over_tpe", "over_tpe_interval", "runs",
     "corrupted", "planted_tv"}], "coverage", "meta_training_runs"}`: mean normalised improvement with its 95 % bootstrap
     interval over tasks, its difference from TPE's on the same tasks, runs spent before the final one, mean weight on
-    corrupted sources, total variation distance to the planted mixture, part of outcomes within the 90 % intervals.
+    corrupted sources, total variation distance to the planted mixture, part of outcomes within the 90 % intervals. What
+    a method that is left out would be needed for is None.
+
+  Raises:
+    InputError: no such method; before anything else.
   """
+  for name in config.compare.methods:
+    if name not in METHODS:
+      raise errors.unknown_name("method in config.compare.methods", str(name), METHODS)
   learnt = meta_learn.meta_learn(config, workdir)
   setting, limits = learnt.setting, config.compare
   unseen = meta_learn.sample_tasks(config, setting, "unseen", limits.num_tasks, config.seed + 2)
@@ -178,10 +191,11 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
     gains[name] = gain.reshape(limits.num_tasks, limits.num_seeds).mean(axis=1)
   for name, choice in choices.items():
     low, high = metrics.bootstrap_interval(gains[name])
-    over_tpe = gains[name] - gains["TPE"]
+    over_tpe = gains[name] - gains["TPE"] if "TPE" in gains else None
     table.append(
       {"name": name, "improvement": float(gains[name].mean()), "low": low, "high": high}
-      | {"over_tpe": float(over_tpe.mean()), "over_tpe_interval": metrics.bootstrap_interval(over_tpe)}
+      | {"over_tpe": None if over_tpe is None else float(over_tpe.mean())}
+      | {"over_tpe_interval": None if over_tpe is None else metrics.bootstrap_interval(over_tpe)}
       | {"runs": float(choice.spent.mean())}
       | _mixture_figures(choice, tasks)
     )
@@ -189,7 +203,7 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
     "num_tasks": limits.num_tasks,
     "num_seeds": limits.num_seeds,
     "rows": table,
-    "coverage": coverage(learnt, tasks, losses["predicted"]),
+    "coverage": coverage(learnt, tasks, losses["predicted"]) if "predicted" in losses else None,
     # A meta-gradient counts as the steps that it goes through, as a trial counts its own.
     "meta_training_runs": config.meta.outer_steps * config.learner.tasks_per_step,
   }
@@ -198,34 +212,37 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
 
 
 def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: Tasks) -> dict[str, Choice]:
-  """What every method chooses, by its name."""
+  """What every method of `compare.methods` chooses, by its name."""
   setting, limits, count = learnt.setting, config.compare, len(tasks.seeds)
   values, nothing, equal = repeated(setting.defaults, count), np.zeros(count), equal_weights(tasks)
-  known = repeat(meta_learn.sample_tasks(config, setting, "train", limits.constant_tasks, config.seed + 3), 1)
+  sample_known = lambda: meta_learn.sample_tasks(config, setting, "train", limits.constant_tasks, config.seed + 3)
+  known = functools.cache(lambda: repeat(sample_known(), 1))
   probe = np.asarray(tasks.found.features.tokens) / (setting.run.num_steps * setting.run.batch_size * config.length)
   probe = probe / np.asarray(tasks.found.tasks.budget)
-  choices = {
-    "uniform, default": Choice(values, equal, nothing),
-    "proportional, default": Choice(values, proportional_weights(setting, tasks), nothing),
-    "best constant": Choice(repeated(best_constant(config, setting, known), count), equal, nothing),
-    "nearest meta-task": nearest(config, setting, known, tasks, probe),
+  recipe, default = learnt.predict(tasks.found.features).recipe, default_recipes(config, setting, count)
+  by_search = lambda method: (
+    lambda: search(setting, tasks, lambda space, seed, default: method(space, limits.num_trials, seed, default))
+  )
+
+  def by_descent(start, steps, rate, before):
+    return as_choice(setting, tasks, descend(setting, tasks, start, steps, rate), before + steps)
+
+  methods: dict[str, Callable[[], Choice]] = {
+    "uniform, default": lambda: Choice(values, equal, nothing),
+    "proportional, default": lambda: Choice(values, proportional_weights(setting, tasks), nothing),
+    "best constant": lambda: Choice(repeated(best_constant(config, setting, known()), count), equal, nothing),
+    "nearest meta-task": lambda: nearest(config, setting, known(), tasks, probe),
+    "random search": by_search(baselines.RandomSearch),
+    "TPE": by_search(baselines.TPE),
+    "ASHA": by_search(baselines.Asha),
+    "predicted": lambda: as_choice(setting, tasks, recipe, probe),
+    "predicted, refined": lambda: by_descent(recipe, limits.refine_steps, limits.learning_rate / 2, probe),
+    "direct": lambda: by_descent(default, limits.direct_steps, limits.learning_rate, nothing),
   }
-  trials = limits.num_trials
-  searches: dict[str, Callable] = {
-    "random search": lambda space, seed, default: baselines.RandomSearch(space, trials, seed, default),
-    "TPE": lambda space, seed, default: baselines.TPE(space, trials, seed, default),
-    "ASHA": lambda space, seed, default: baselines.Asha(space, trials, seed, default),
-  }
-  for name, build in searches.items():
+  choices = {}
+  for name in limits.methods or METHODS:
     logging.warning("compare: %s", name)
-    choices[name] = search(setting, tasks, build)
-  recipe = learnt.predict(tasks.found.features).recipe
-  choices["predicted"] = as_choice(setting, tasks, recipe, probe)
-  logging.warning("compare: refined and direct")
-  refined = descend(setting, tasks, recipe, limits.refine_steps, limits.learning_rate / 2)
-  choices["predicted, refined"] = as_choice(setting, tasks, refined, probe + limits.refine_steps)
-  direct = descend(setting, tasks, default_recipes(config, setting, count), limits.direct_steps, limits.learning_rate)
-  choices["direct"] = as_choice(setting, tasks, direct, nothing + limits.direct_steps)
+    choices[name] = methods[name]()
   return choices
 
 

@@ -44,7 +44,7 @@ class Kept:
   model_path: str  # of the base model
   model: many_tasks.Model
   tokenizer: Any
-  digest: str  # of the base model's params
+  digest: str  # of the base model's weights
   graphdef: Any
   state: Any
   spread_factor: float  # on its predicted spreads, for 90 % intervals
@@ -72,7 +72,10 @@ def keep(
     tasks, task_features, prediction: `[num_tasks, ...]` of the meta-training.
   """
   if not config.model.path:
-    models.save(nnx.merge(setting.model.graphdef, setting.model.params), tokens.char_tokenizer(), workdir / BASE_MODEL)
+    decoder = setting.model.merge(setting.model.params)
+    if models.lora.adapted(decoder):
+      models.lora.merge(decoder)  # new, so it changes nothing
+    models.save(decoder, tokens.char_tokenizer(), workdir / BASE_MODEL)
   values, weights = setting_lib.constrained(setting, prediction.recipe, tasks)
   arrays: dict[str, Any] = {f"known/hyperparameters/{name}": value for name, value in values.items()}
   arrays |= {"known/weights": weights, **_names(setting.pools, tasks)}
@@ -88,7 +91,7 @@ def keep(
     "format": FORMAT,
     "spread_factor": spread_factor,
     "model": config.model.path or BASE_MODEL,
-    "model_digest": feature_cache.digest(setting.model.params),
+    "model_digest": digest(setting.model),
     "max_sources": config.tasks.max_sources,
     "max_abilities": config.tasks.max_abilities,
     "length": config.length,
@@ -129,8 +132,8 @@ def load(config: ml_collections.ConfigDict, workdir: pathlib.Path, model_path: s
     config.model.gguf_file = gguf_file
   config.model.path = model_path or own
   decoder, tokenizer = task_lib.load_model(config)
-  model = many_tasks.Model(*nnx.split(decoder))
-  given = feature_cache.digest(model.params)
+  model = setting_lib.base_model(config, decoder)
+  given = digest(model)
   if given != digest:
     raise errors.InputError(
       f"{config.model.path} holds another base model ({given[:8]}) than the meta-learner in {workdir} is for "
@@ -148,6 +151,11 @@ def load(config: ml_collections.ConfigDict, workdir: pathlib.Path, model_path: s
   except (KeyError, TypeError) as error:
     raise errors.InputError(f"{workdir / ARRAYS} is of another version of mftjax: it lacks {error}.") from error
   return Kept(config, config.model.path, model, tokenizer, digest, graphdef, state, spread_factor, known)
+
+
+def digest(model: many_tasks.Model) -> str:
+  """Of the base model's weights, its LoRA's among them."""
+  return feature_cache.digest(nnx.merge_state(model.params, model.frozen))
 
 
 def build(config: ml_collections.ConfigDict) -> metalearner.MetaLearner:

@@ -1,4 +1,4 @@
-"""Programs that fine-tune a small model on many meta-tasks at once, and differentiate those runs."""
+"""Programs that fine-tune a model on several meta-tasks at once, and differentiate those runs."""
 
 import dataclasses
 import math
@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 
-from mftjax import metagrad, sft, spaces, types
+from mftjax import metagrad, models, sft, spaces, types
 from mftjax.data import meta_tasks
-
-BATCH = 20  # tasks that a program runs at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +36,35 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model taken apart: `apply(params, batch) -> logits`."""
+  """A model taken apart: `apply(params, batch) -> logits`. Each run has params of its own, all share what is frozen."""
 
   graphdef: Any
-  params: Any
+  params: Any  # what the runs train: LoRA, or everything
+  frozen: Any = dataclasses.field(default_factory=lambda: nnx.State({}))  # everything else
+
+  @classmethod
+  def of(cls, decoder: models.Decoder, lora: ml_collections.ConfigDict, seed: int) -> "Model":
+    """The decoder with the config's new LoRA, if its rank is above 0, of which then nothing else is trained."""
+    if not lora.rank:
+      return cls(*nnx.split(decoder))
+    models.lora.add(decoder, lora.rank, lora.alpha, tuple(lora.targets), rngs=nnx.Rngs(seed))
+    parts: Any = nnx.split(decoder, models.lora.LoRAParam, ...)
+    return cls(*parts)
+
+  def merge(self, params: Any) -> models.Decoder:
+    """The model with these parameters."""
+    return nnx.merge(self.graphdef, params, self.frozen)
 
   def apply(self, params: Any, batch: types.Batch) -> jax.Array:
-    return nnx.merge(self.graphdef, params)(batch.tokens, batch.segment_ids, batch.positions)
+    return self.merge(params)(batch.tokens, batch.segment_ids, batch.positions)
 
   def embed(self, params: Any, batch: types.Batch) -> jax.Array:
-    return nnx.merge(self.graphdef, params).embed(batch.tokens)
+    return self.merge(params).embed(batch.tokens)
+
+  def compile(self, build: Callable[["Model"], Callable]) -> Callable:
+    """`build(model)`, jitted. The frozen weights go in as an argument: a constant would be copied into each program."""
+    program = jax.jit(lambda frozen, *args: build(dataclasses.replace(self, frozen=frozen))(*args))
+    return lambda *args: program(self.frozen, *args)
 
 
 def mixture(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:
@@ -191,7 +209,7 @@ def measure(model: Model, rows: Mapping[str, jax.Array], num_rows: int) -> Calla
   return lambda params, task: ability_losses(model, params, held_out(rows, task, num_rows), len(task.ability_weight))
 
 
-def in_batches(program: Callable, args: Any, index: np.ndarray | None = None, batch_size: int = BATCH) -> Any:
+def in_batches(program: Callable, args: Any, batch_size: int, index: np.ndarray | None = None) -> Any:
   """`program(*args)` over the leading axis of all arguments, `batch_size` at once.
 
   The last batch is filled up with copies, so that no number of tasks compiles anew.

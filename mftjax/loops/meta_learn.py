@@ -16,7 +16,7 @@ from flax import nnx
 
 from mftjax import checkpoint, command, features, metalearner, tracking
 from mftjax.data import meta_tasks
-from mftjax.loops import learnt
+from mftjax.loops import learnt, many_tasks
 from mftjax.loops import setting as setting_lib
 from mftjax.loops import task as task_lib
 
@@ -72,19 +72,17 @@ def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
 
 
 def build_outer_step(config: ml_collections.ConfigDict, setting: setting_lib.Setting, graphdef: Any):
-  """`(state, TaskSet [tasks_per_step, ...], key) -> (state, metrics)`, jitted.
+  """`(state, TaskSet [tasks_per_step, ...], key) -> (state, metrics)`, of compiled programs.
 
   The recipes' meta-gradients and the outcome head's likelihood go back through the meta-learner together. A task whose
   run is not finite is left out; a step without any other, or whose gradient is not finite, leaves the state as it was.
   """
-  optimizer = outer_optimizer(config)
+  optimizer, at_once = outer_optimizer(config), min(setting.at_once, config.learner.tasks_per_step)
 
   @jax.jit
-  def outer_step(state, batch, key):
+  def update(state, batch, loss, grad, losses, is_run_finite):
     weight, base = batch.tasks.ability_weight, setting_lib.task_scale(setting.scale["validation"], batch.tasks).base
     prediction, pull = jax.vjp(lambda learner: predict(graphdef, learner, batch.features), state.learner)
-    keys = jax.random.split(key, len(weight))
-    loss, grad, losses, is_run_finite = setting.gradients(prediction.recipe, batch.tasks, keys)
     mean = lambda values: jnp.where(is_run_finite, values, 0.0).sum() / is_run_finite.sum()
     # Masked before any arithmetic: a NaN that is masked after it comes back in the gradient.
     observed = jnp.where(is_run_finite[:, None], metalearner.log_ratio(losses, base), 0.0)
@@ -104,6 +102,11 @@ def build_outer_step(config: ml_collections.ConfigDict, setting: setting_lib.Set
       "is_finite": is_finite,
     }
     return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state), metrics
+
+  def outer_step(state, batch, key):
+    keys = jax.random.split(key, len(batch.tasks.budget))
+    recipe = predict(graphdef, state.learner, batch.features).recipe
+    return update(state, batch, *many_tasks.in_batches(setting.gradients, (recipe, batch.tasks, keys), at_once))
 
   return outer_step
 

@@ -24,7 +24,7 @@ def descend(
   start: Any,
   num_steps: int,
   rate: float,
-  batch_size: int = many_tasks.BATCH,
+  batch_size: int | None = None,
 ) -> tuple[Any, np.ndarray]:
   """`num_steps` of Adam on each task's own recipe, along its meta-gradient; the rate falls to a tenth by a cosine.
 
@@ -32,7 +32,7 @@ def descend(
     tasks: `[num_tasks, ...]`.
     keys: number of the step -> a key for each task.
     start: recipes `{hyperparameters, mixture_logits}`, unconstrained, `[num_tasks, ...]`.
-    batch_size: tasks that a program runs at once.
+    batch_size: tasks that a program runs at once, by default the setting's.
 
   Returns:
     The recipes, and `[num_steps, num_tasks, max_abilities]` validation losses of the runs that were differentiated,
@@ -42,7 +42,7 @@ def descend(
   recipe, opt_state, seen = start, adam.init(start), []
   for number in range(num_steps):
     args = (recipe, tasks, keys(number))
-    _, grad, losses, is_finite = many_tasks.in_batches(setting.gradients, args, batch_size=batch_size)
+    _, grad, losses, is_finite = many_tasks.in_batches(setting.gradients, args, batch_size or setting.at_once)
     updates, opt_state = adam.update(grad, opt_state)
     recipe = optax.apply_updates(recipe, updates)
     seen.append(np.where(np.asarray(is_finite)[:, None], losses, np.nan))

@@ -14,12 +14,12 @@ import optax
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import errors, features, metagrad, objectives, sft, spaces, types
-from mftjax.data import meta_tasks, tokens
+from mftjax import errors, features, metagrad, models, objectives, sft, spaces, types
+from mftjax.data import family_pools, meta_tasks, tokens
 from mftjax.loops import many_tasks
 from mftjax.loops import task as task_lib
 
-REFERENCE_RATES = (1e-3, 3e-3, 6e-3, 1e-2, 2e-2)  # learning rates that single-task tuning tries
+PARTS = ("validation", "test")  # what recipes are chosen by, and judged by
 
 
 @flax.struct.dataclass
@@ -45,6 +45,7 @@ class Setting:
   objective: objectives.Objective  # by which recipes are chosen
   method: str  # of the meta-gradient
   clip_norm: float  # of each task's meta-gradient
+  at_once: int  # tasks that a program runs at once
 
   @property
   def defaults(self) -> dict[str, float]:
@@ -73,7 +74,8 @@ class Setting:
       return self._measure[part](self._train(fraction)(values, weights, tasks, keys), tasks)
 
     values = {name: jnp.asarray(value, jnp.float32) for name, value in whole(self.space, values).items()}
-    return many_tasks.in_batches(program, (values, jnp.asarray(weights, jnp.float32), tasks, keys), index)
+    args = values, jnp.asarray(weights, jnp.float32), tasks, keys
+    return many_tasks.in_batches(program, args, self.at_once, index)
 
   @functools.cached_property
   def gradients(self) -> Callable:
@@ -81,39 +83,44 @@ class Setting:
 
     Clipping by task keeps one unstable run from ruling the others.
     """
-    differentiate = many_tasks.value_and_grad(self.model, self.run, self.space, self.fixed, self.pools, self.method)
 
-    def one(recipe, task, key):
-      objective = build_objective(task_scale(self.scale["validation"], task), task.ability_weight, self.objective)
-      loss, grad, losses, is_finite = differentiate(recipe, task, objective, key)
-      factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(optax.global_norm(grad), 1e-12))
-      return loss, jax.tree.map(lambda g: factor * g, grad), losses, is_finite
+    def build(model):
+      differentiate = many_tasks.value_and_grad(model, self.run, self.space, self.fixed, self.pools, self.method)
 
-    return jax.jit(jax.vmap(one))
+      def one(recipe, task, key):
+        objective = build_objective(task_scale(self.scale["validation"], task), task.ability_weight, self.objective)
+        loss, grad, losses, is_finite = differentiate(recipe, task, objective, key)
+        factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(optax.global_norm(grad), 1e-12))
+        return loss, jax.tree.map(lambda g: factor * g, grad), losses, is_finite
+
+      return jax.vmap(one)
+
+    return self.model.compile(build)
 
   @functools.cached_property
   def probing(self) -> Callable:
     """`(tasks, keys) -> features`."""
-    return jax.jit(jax.vmap(functools.partial(_probe, self)))
+    return self.model.compile(lambda model: jax.vmap(functools.partial(_probe, self, model)))
 
   @functools.cached_property
   def _train(self) -> Callable:
     @functools.cache
     def of_fraction(fraction):
       run = dataclasses.replace(self.run, num_steps=max(1, round(fraction * self.run.num_steps)))
-      return jax.jit(jax.vmap(many_tasks.train(self.model, run, self.fixed, self.pools)))
+      return self.model.compile(lambda model: jax.vmap(many_tasks.train(model, run, self.fixed, self.pools)))
 
     return of_fraction
 
   @functools.cached_property
   def _measure(self) -> dict[str, Callable]:
-    return {part: jax.jit(jax.vmap(fn)) for part, fn in _measures(self.model, self.run, self.pools).items()}
+    measure = lambda part: self.model.compile(lambda model: jax.vmap(_measures(model, self.run, self.pools)[part]))
+    return {part: measure(part) for part in PARTS}
 
 
 def build(config: ml_collections.ConfigDict) -> Setting:
-  """Trains the base model, and measures what single-task tuning gains on each suite.
+  """Makes or trains the base model, and measures what single-task tuning gains on each suite.
 
-  All of it is made anew from the config's seed, in about a minute with models of the size it is for.
+  All of it is made anew from the config's seed, in about a minute with the small models that it trains itself.
 
   Raises:
     InputError: hyperparameters of LoRA, which a run of all parameters cannot learn.
@@ -121,13 +128,29 @@ def build(config: ml_collections.ConfigDict) -> Setting:
   for name in ("lora_rank", "lora_scale"):
     if name in config_lib.space(config).spaces:
       raise errors.InputError(f"config.hyperparameters.{name} cannot be learned with config.learner.kind = 'meta' yet.")
-  pools = meta_tasks.build_pools(config.length, config.tasks.pool_rows, config.seed)
-  decoder, _ = task_lib.load_model(config)
-  model = many_tasks.Model(*nnx.split(decoder))
-  if not config.model.path:
-    model = dataclasses.replace(model, params=_train_base(model, pools, config))
-  setting = assemble(config, model, pools, {})
-  return dataclasses.replace(setting, scale=_references(model, setting.run, setting.fixed, pools))
+  decoder, tokenizer = task_lib.load_model(config)
+  pools = _pools(config, tokenizer)
+  if not config.model.path and not config.tasks.folders:
+    graphdef, params = nnx.split(decoder)
+    decoder = nnx.merge(graphdef, _train_base(many_tasks.Model(graphdef, params), pools, config))
+  setting = assemble(config, base_model(config, decoder), pools, {})
+  return dataclasses.replace(setting, scale=_references(config, setting))
+
+
+def base_model(config: ml_collections.ConfigDict, decoder: models.Decoder) -> many_tasks.Model:
+  """The decoder with the config's LoRA, taken apart."""
+  return many_tasks.Model.of(decoder, config.lora, config.seed + 2)
+
+
+def _pools(config: ml_collections.ConfigDict, tokenizer: Any) -> meta_tasks.Pools:
+  """Of real data if the config names folders, of procedural suites else."""
+  asked = config.tasks
+  if not asked.folders:
+    return meta_tasks.build_pools(config.length, asked.pool_rows, config.seed)
+  number = asked.validation_families, asked.unseen_families
+  return family_pools.build(
+    asked.folders, tokenizer, config.length, asked.pool_rows, config.seed, *number, config.truncate_side
+  )
 
 
 def assemble(
@@ -148,7 +171,7 @@ def assemble(
   )
   probe = features.Probe(**config.probe)
   objective = objectives.build(config.objective.name, **config_lib.objective_options(config))
-  outer = objective, config.meta.method, config.meta.clip_norm
+  outer = objective, config.meta.method, config.meta.clip_norm, config.tasks.at_once
   return Setting(model, run, pools, space, fixed, probe, _static(pools), scale, *outer)
 
 
@@ -196,10 +219,9 @@ def _train_base(model: many_tasks.Model, pools: meta_tasks.Pools, config: ml_col
   return train(model.params, jax.random.key(config.seed))
 
 
-def _references(
-  model: many_tasks.Model, run: many_tasks.Run, fixed: Mapping[str, float], pools: meta_tasks.Pools, num_seeds: int = 3
-) -> dict[str, Scale]:
-  """Validation and test losses of each held-out pool: base model, and the best of `REFERENCE_RATES` on its own data."""
+def _references(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Scale]:
+  """Losses of each held-out pool: of the base model, and after its own data at the best of `tasks.reference_rates`."""
+  run, pools, num_seeds = setting.run, setting.pools, config.tasks.reference_seeds
   names = pools.ability_names
   own = [pools.names.index(name if name in pools.names else f"{name}/clean") for name in names]
   count = len(names)
@@ -212,19 +234,27 @@ def _references(
     is_corrupted=jnp.zeros((count, 1)),
     planted=jnp.zeros((count, 1)),
   )
-  run = dataclasses.replace(run, smallest_batch=fixed.get("batch_size"))
-  grid = [(rate, seed) for rate in REFERENCE_RATES for seed in range(num_seeds)]
+  run = dataclasses.replace(run, smallest_batch=setting.fixed.get("batch_size"))
+  grid = [(rate, seed) for rate in config.tasks.reference_rates for seed in range(num_seeds)]
   rates, keys = jnp.asarray([rate for rate, _ in grid]), jax.vmap(jax.random.key)(jnp.asarray([s for _, s in grid]))
-  train, measures = many_tasks.train(model, run, fixed, pools), _measures(model, run, pools)
 
-  def of_pool(task):
-    params = jax.vmap(lambda rate, key: train({"learning_rate": rate}, jnp.ones(1), task, key))(rates, keys)
-    tuned = {part: jax.vmap(lambda p, fn=fn: fn(p, task)[0])(params) for part, fn in measures.items()}
-    tuned = {part: losses.reshape(-1, num_seeds).mean(axis=1) for part, losses in tuned.items()}
-    best = jnp.argmin(tuned["validation"])  # for both
-    return {part: Scale(fn(model.params, task)[0], tuned[part][best]) for part, fn in measures.items()}
+  def build(model):
+    train, measures = many_tasks.train(model, run, setting.fixed, pools), _measures(model, run, pools)
 
-  return jax.lax.map(of_pool, tasks)
+    def of_pool(task):
+      def tune(rate, key):
+        params = train({"learning_rate": rate}, jnp.ones(1), task, key)
+        return {part: fn(params, task)[0] for part, fn in measures.items()}
+
+      at_once = min(setting.at_once, len(grid))
+      tuned = jax.lax.map(lambda pair: tune(*pair), (rates, keys), batch_size=at_once)
+      tuned = {part: losses.reshape(-1, num_seeds).mean(axis=1) for part, losses in tuned.items()}
+      best = jnp.argmin(tuned["validation"])  # for both
+      return {part: Scale(fn(model.params, task)[0], tuned[part][best]) for part, fn in measures.items()}
+
+    return lambda tasks: jax.lax.map(of_pool, tasks)
+
+  return setting.model.compile(build)(tasks)
 
 
 def _measures(model: many_tasks.Model, run: many_tasks.Run, pools: meta_tasks.Pools) -> dict[str, Callable]:
@@ -279,10 +309,10 @@ def constrained(setting: Setting, recipe: Any, tasks: meta_tasks.MetaTask) -> tu
 def probe_tasks(setting: Setting, tasks: meta_tasks.MetaTask, seed: int) -> features.Features:
   """Features of `[num_tasks, ...]` tasks."""
   keys = jax.random.split(jax.random.key(seed), len(tasks.budget))
-  return many_tasks.in_batches(setting.probing, (tasks, keys))
+  return many_tasks.in_batches(setting.probing, (tasks, keys), setting.at_once)
 
 
-def _probe(setting: Setting, task: meta_tasks.MetaTask, key: jax.Array) -> features.Features:
+def _probe(setting: Setting, model: many_tasks.Model, task: meta_tasks.MetaTask, key: jax.Array) -> features.Features:
   rows = setting.probe.rows
   row_key, sketch_key = jax.random.split(key)
   number = jax.random.randint(row_key, (len(task.source), rows), 0, setting.pools.train["tokens"].shape[1])
@@ -294,9 +324,9 @@ def _probe(setting: Setting, task: meta_tasks.MetaTask, key: jax.Array) -> featu
   order = jax.random.permutation(row_key, num_held_out)
   ability_rows = jax.tree.map(lambda x: x.reshape(-1, num_held_out, *x.shape[1:])[:, order], flat)
   return features.probe(
-    setting.model.apply,
-    setting.model.embed,
-    setting.model.params,
+    model.apply,
+    model.embed,
+    model.params,
     source_rows,
     ability_rows,
     setting.static[task.source],

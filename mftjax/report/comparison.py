@@ -64,6 +64,9 @@ each ability's own clean data reaches. Intervals: 95 %, bootstrap over tasks.</p
 </tbody></table></div>
 <p class="soft">Runs count what a method spends before its final run: trials, probes, meta-gradients. The distance is
 total variation, on tasks whose best mixture is known. Meta-training took {{ found.meta_training_runs }} differentiated
-runs, counted apart. The 90 % intervals of the predictions cover {{ number(100 * found.coverage, "%.1f") }} % of the
-outcomes.</p>
+runs, counted apart.
+{% if found.coverage is not none %}
+The 90 % intervals of the predictions cover {{ number(100 * found.coverage, "%.1f") }} % of the outcomes.
+{% endif %}
+</p>
 """
