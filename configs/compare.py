@@ -75,7 +75,7 @@ def _smollm2():
   smollm2.use_model(config)
   config.length = 64
   config.batch_size = 4
-  config.budget_tokens = 12 * 4 * 64
+  config.budget_tokens = 8 * 4 * 64
   config_lib.learned("learning_rate", config, 1e-4, 2e-2, value=1e-3)
   del config.hyperparameters["b1"], config.hyperparameters["weight_decay"]
   data = smollm2.data_folder()
@@ -86,29 +86,30 @@ def _smollm2():
   config.tasks.max_sources = 4
   config.tasks.max_abilities = 2
   config.tasks.min_budget = 1.0
-  config.tasks.num_train = 12
+  config.tasks.num_train = 10
   config.tasks.num_validation = 4
   config.tasks.pool_rows = 64
-  config.tasks.validation_rows = 12
-  config.tasks.test_rows = 32
-  config.tasks.reference_rates = (2e-3, 5e-3)
+  config.tasks.validation_rows = 8
+  config.tasks.test_rows = 24
+  config.tasks.reference_rates = (3e-3, 1e-2)
   config.tasks.reference_seeds = 1
   config.probe.rows = 4
   config.probe.num_steps = 4
   config.probe.batch_size = 4
   config.probe.learning_rate = 3e-3
-  config.meta.unroll_length = 12
-  config.meta.outer_steps = 12
+  config.meta.unroll_length = 8
+  config.meta.outer_steps = 10
+  config.learner.learning_rate = 5e-3
   config.learner.tasks_per_step = 2
-  config.compare.num_tasks = 6
+  config.compare.num_tasks = 5
   config.compare.num_seeds = 1
   config.compare.num_trials = 10
-  config.compare.constant_tasks = 4
-  config.compare.refine_steps = 2
-  config.compare.direct_steps = 5
+  config.compare.constant_tasks = 3
+  config.compare.refine_steps = 1
+  config.compare.direct_steps = 4
   config.compare.methods = (
-    *("uniform, default", "proportional, default", "best constant", "nearest meta-task"),
-    *("random search", "TPE", "predicted", "predicted, refined", "direct"),
+    *("uniform, default", "best constant", "random search", "TPE"),
+    *("predicted", "predicted, refined", "direct"),
   )
   config.checkpoint_every = 4
   return config
