@@ -161,7 +161,9 @@ def descend(
   recipe = compare.default_recipes(config, setting, len(seeds))
   opt_state, seen = optimizer.init(recipe), []
   for number in range(num_steps):
-    grad, state, losses = many_tasks.in_batches(step, (recipe, cases, seeds, jnp.full(len(seeds), number)))
+    grad, state, losses = many_tasks.in_batches(
+      step, (recipe, cases, seeds, jnp.full(len(seeds), number)), setting.at_once
+    )
     if is_held:
       grad = {**grad, "hyperparameters": jax.tree.map(jnp.zeros_like, grad["hyperparameters"])}
     updates, opt_state = optimizer.update(grad, opt_state)

@@ -5,8 +5,8 @@ python -m experiments.compare --config=configs/compare.py:smollm2 --workdir=runs
 
 `small`: procedural tasks with a tiny model, about half an hour on 2 CPU cores. Codes of three disjoint families make
 the tasks: to meta-train on, to calibrate with, and unseen ones to compare on. `tiny` only shows that it runs.
-`smollm2`: tasks of 15 families of real data with SmolLM2-135M-Instruct and LoRA, TODO on 2 CPU cores. The model
-and the data are those of configs/smollm2.py.
+`smollm2`: tasks of 15 families of real data with SmolLM2-135M-Instruct and LoRA, about 70 minutes and 4 GiB
+on 2 CPU cores (reckoned from the CPU time of each program). The model and the data are those of configs/smollm2.py.
 """
 
 from configs import smollm2
@@ -76,7 +76,7 @@ def _smollm2():
   config.length = 64
   config.batch_size = 4
   config.budget_tokens = 8 * 4 * 64
-  config_lib.learned("learning_rate", config, 1e-4, 2e-2, value=1e-3)
+  config_lib.learned("learning_rate", config, 1e-4, 2e-2, value=3e-3)
   del config.hyperparameters["b1"], config.hyperparameters["weight_decay"]
   data = smollm2.data_folder()
   files = [data / "bbh" / f"{name}.jsonl" for name in _BBH] + [data / "p3" / f"{name}.jsonl" for name in _P3]
@@ -103,12 +103,12 @@ def _smollm2():
   config.learner.tasks_per_step = 2
   config.compare.num_tasks = 5
   config.compare.num_seeds = 1
-  config.compare.num_trials = 10
+  config.compare.num_trials = 14
   config.compare.constant_tasks = 3
   config.compare.refine_steps = 1
   config.compare.direct_steps = 4
   config.compare.methods = (
-    *("uniform, default", "best constant", "random search", "TPE"),
+    *("uniform, default", "best constant", "TPE"),
     *("predicted", "predicted, refined", "direct"),
   )
   config.checkpoint_every = 4
