@@ -22,7 +22,7 @@ def config(tmp_path_factory):
   config.tasks.validation_families, config.tasks.unseen_families = 2, 2
   config.tasks.max_sources, config.tasks.max_abilities, config.tasks.planted_fraction = 4, 2, 0.0
   config.tasks.num_train, config.tasks.num_validation, config.tasks.at_once = 2, 2, 2
-  config.tasks.reference_rates, config.tasks.reference_seeds = (3e-3, 1e-2, 1e-30), 1
+  config.tasks.reference_rates, config.tasks.reference_seeds = (1e-2, 1e-30), 1
   config.probe.rows, config.probe.num_steps, config.probe.batch_size = 2, 1, 2
   config.meta.outer_steps, config.learner.tasks_per_step = 1, 2
   config.compare.num_tasks, config.compare.num_seeds, config.compare.num_trials = 3, 1, 3
@@ -75,7 +75,7 @@ def test_the_comparison_of_chosen_methods_end_to_end(config, setting, tmp_path, 
   rows = {row["name"]: row for row in found["rows"]}
   assert tuple(rows) == config.compare.methods
   assert rows["random search"]["runs"] == 3 and rows["uniform, default"]["runs"] == 0
-  assert rows["predicted, refined"]["runs"] == rows["predicted"]["runs"] + config.compare.refine_steps
+  assert rows["predicted, refined"]["runs"] == pytest.approx(rows["predicted"]["runs"] + 1)
   assert all(row["over_tpe"] is None and row["planted_tv"] is None for row in found["rows"])
   assert all(np.isfinite(row["improvement"]) and 0 <= row["corrupted"] <= 1 for row in found["rows"])
   assert (tmp_path / "base_model").is_dir() and 0 <= found["coverage"] <= 1
