@@ -69,6 +69,7 @@ def test_the_reference_is_the_best_rate_on_the_own_data(setting):
   assert np.any(np.asarray(scale.reference) < np.asarray(scale.base) - 1e-4)
 
 
+@pytest.mark.slow
 def test_the_comparison_of_chosen_methods_end_to_end(config, setting, tmp_path, monkeypatch):
   monkeypatch.setattr(setting_lib, "build", lambda config: setting)
   found = compare.compare(config, tmp_path)

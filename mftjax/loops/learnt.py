@@ -91,7 +91,7 @@ def keep(
     "format": FORMAT,
     "spread_factor": spread_factor,
     "model": config.model.path or BASE_MODEL,
-    "model_digest": digest(setting.model),
+    "model_digest": weights_digest(setting.model),
     "max_sources": config.tasks.max_sources,
     "max_abilities": config.tasks.max_abilities,
     "length": config.length,
@@ -133,7 +133,7 @@ def load(config: ml_collections.ConfigDict, workdir: pathlib.Path, model_path: s
   config.model.path = model_path or own
   decoder, tokenizer = task_lib.load_model(config)
   model = setting_lib.base_model(config, decoder)
-  given = digest(model)
+  given = weights_digest(model)
   if given != digest:
     raise errors.InputError(
       f"{config.model.path} holds another base model ({given[:8]}) than the meta-learner in {workdir} is for "
@@ -153,7 +153,7 @@ def load(config: ml_collections.ConfigDict, workdir: pathlib.Path, model_path: s
   return Kept(config, config.model.path, model, tokenizer, digest, graphdef, state, spread_factor, known)
 
 
-def digest(model: many_tasks.Model) -> str:
+def weights_digest(model: many_tasks.Model) -> str:
   """Of the base model's weights, its LoRA's among them."""
   return feature_cache.digest(nnx.merge_state(model.params, model.frozen))
 
