@@ -87,7 +87,7 @@ def test_filling_up_a_batch_changes_nothing():
   np.testing.assert_array_equal(double, 2 * x)
   np.testing.assert_array_equal(more, x + 1)
   chosen = np.asarray([5, 0, 3, 1, 4])
-  np.testing.assert_array_equal(many_tasks.in_batches(program, (x, y), chosen, batch_size=4)[0], 2.0 * chosen)
+  np.testing.assert_array_equal(many_tasks.in_batches(program, (x, y), 4, chosen)[0], 2.0 * chosen)
 
 
 def test_methods_that_search_are_never_worse_on_what_they_search(setting, found):
