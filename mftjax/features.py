@@ -20,7 +20,7 @@ _GROUP_FEATURES = ("loss", "loss_std", "log_gradient_norm", "gradient_agreement"
 SOURCE_FEATURES: tuple[str, ...] = (*_GROUP_FEATURES, "best_loss_drop", "mean_loss_drop", *STATIC_FEATURES)
 ABILITY_FEATURES: tuple[str, ...] = (
   *(*_GROUP_FEATURES, "loss_drop"),
-  *("task_loss_drop", "task_match_residual", "task_log_num_sources"),
+  *("task_loss_drop", "task_match_residual", "task_log_num_sources", "task_log_budget"),
 )
 PAIR_FEATURES: tuple[str, ...] = (
   *("cosine", "cosine_after", "embedding_cosine", "influence"),
@@ -99,6 +99,7 @@ def probe(
   ability_weight: jax.Array,
   key: jax.Array,
   options: Probe,
+  budget_tokens: jax.Array | float,
 ) -> Features:
   """Features of one task from a few rows of its data; pure, for `jax.jit` and `jax.vmap` over tasks.
 
@@ -121,6 +122,7 @@ def probe(
     task_loss_drop: the weighted mean over abilities of loss_drop.
     task_match_residual: `|match gradient - ability gradient|^2 / |ability gradient|^2`, at most 3.
     task_log_num_sources: of those present.
+    task_log_budget: of `budget_tokens`.
 
   A pair's (`PAIR_FEATURES`), s and a gradients of the mean losses:
     cosine, cosine_after: of s and a, before and after training on the ability.
@@ -145,6 +147,7 @@ def probe(
     ability_weight: `[num_abilities]`, at least 0, of any sum; 0 = absent.
     key: draws the signs of the sketches; not used where the model has `sketch_dim` parameters or fewer.
     options: how to probe.
+    budget_tokens: that the run to choose for processes, above 0.
 
   Returns:
     The features. Its tokens are those of present rows that hold a token, padding included as in the training budget,
@@ -193,8 +196,8 @@ def probe(
   match = matching.match_weights(sketch[:num_sources], target, source_mask, options.match_steps)
   residual = jnp.sum((matching.product(match, sketch[:num_sources]) - target) ** 2)
   residual = jnp.minimum(_ratio(residual, jnp.sum(target**2)), _BOUND)
-  log_num_sources = jnp.log(jnp.maximum(is_source.sum(), 1))
-  task = jnp.stack([jnp.vdot(weight, ability_drop), residual, log_num_sources])
+  log_num_sources, log_budget = jnp.log(jnp.maximum(is_source.sum(), 1)), jnp.log(budget_tokens)
+  task = jnp.stack([jnp.vdot(weight, ability_drop), residual, log_num_sources, log_budget])
 
   centroids = _centroids(embed, params, groups, is_present)
   split = lambda x: (x[:num_sources], x[num_sources:])

@@ -15,6 +15,7 @@ _SMALLEST_MATCH = 1e-3  # weights of gradient matching below this count as this
 # Of the hyperparameters' heads. Past the best learning rate the meta-gradient is mostly noise, in which a step of
 # Adam's size, which all weights of a head take together, walks on to the bound.
 _STEP = 0.1
+_ALIKE = 1e-4  # a feature that varies no more than this is rounding: magnified, it would be noise
 _RANGE = 4.0  # normalised features are clipped here: an unseen family must not throw the network far out
 
 
@@ -126,7 +127,8 @@ class MetaLearner(nnx.Module):
     for name, where in features.present(tasks).items():
       values = np.asarray(getattr(tasks, name))[where]
       self.mean[name][...] = jnp.asarray(values.mean(axis=0))
-      self.spread[name][...] = jnp.asarray(values.std(axis=0) + 1e-6)
+      spread = values.std(axis=0)
+      self.spread[name][...] = jnp.asarray(np.where(spread > _ALIKE, spread, 1.0))
 
   def _normalised(self, name: str, values: jax.Array) -> jax.Array:
     return jnp.clip((values - self.mean[name][...]) / self.spread[name][...], -_RANGE, _RANGE)

@@ -19,6 +19,7 @@ VOCAB, LENGTH, ROWS = 12, 10, 6
 TRAINED = 3  # more rows of each ability, which the probe trains on
 OPTIONS = features.Probe(rows=ROWS, num_steps=2, batch_size=2, learning_rate=0.05, match_steps=300)
 SKETCHED = dataclasses.replace(OPTIONS, sketch_dim=64)
+BUDGET = 5e4  # tokens
 
 
 def make_params(seed=0, scale=0.5):
@@ -65,7 +66,7 @@ def make_task(seed=0, num_sources=4, num_abilities=3):
 
 @functools.cache
 def compiled(options):
-  return jax.jit(lambda params, task, key: features.probe(apply, embed, params, *task, key, options))
+  return jax.jit(lambda params, task, key: features.probe(apply, embed, params, *task, key, options, BUDGET))
 
 
 def run(task, options=OPTIONS, params=None, key=0):
@@ -310,7 +311,7 @@ def test_exact_match_is_that_of_greedy_decoding():
   look_up = lambda params, batch: nnx.merge(graphdef, params).embed(batch.tokens)
   options = dataclasses.replace(OPTIONS, rows=8, num_steps=1)
   task = (group, each, jnp.zeros((1, 3)), jnp.ones(1), jnp.ones(8), jax.random.key(0))
-  found = jax.jit(lambda params: features.probe(decode, look_up, params, *task, options))(params)
+  found = jax.jit(lambda params: features.probe(decode, look_up, params, *task, options, BUDGET))(params)
   np.testing.assert_array_equal(found.ability[:, features.ABILITY_FEATURES.index("exact_match")], is_right)
   np.testing.assert_allclose(found.source[0, features.SOURCE_FEATURES.index("exact_match")], is_right.mean())
 
@@ -320,7 +321,7 @@ def test_vmap_over_tasks_equals_a_loop():
   tasks[1] = (*tasks[1][:3], jnp.array([1.0, 0, 1, 0]), jnp.array([0.0, 2.0, 1.0]))
   keys = jax.random.split(jax.random.key(0), 3)
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *tasks)
-  found = jax.jit(jax.vmap(lambda task, key: features.probe(apply, embed, make_params(), *task, key, SKETCHED)))
+  found = jax.jit(jax.vmap(lambda task, key: features.probe(apply, embed, make_params(), *task, key, SKETCHED, BUDGET)))
   together = found(stacked, keys)
   single = [compiled(SKETCHED)(make_params(), *pair) for pair in zip(tasks, keys, strict=True)]
   one_by_one = jax.tree.map(lambda *x: jnp.stack(x), *single)

@@ -22,7 +22,7 @@ FORMS: dict[str, tuple[int, tuple[int, ...]]] = {
   "third": (3, (2,)),
 }
 FORM_NAMES = tuple(FORMS)
-_TAGS = string.ascii_uppercase + string.digits
+_TAGS = string.ascii_uppercase + string.digits + string.ascii_lowercase[NUM_KEYS:]
 NUM_CODEBOOKS = len(_TAGS)
 
 

@@ -17,11 +17,11 @@ from mftjax.data import codebooks, sources, tokens
 
 # Families of procedural abilities: a meta-learner that is trained on the first never sees the last.
 FAMILIES: dict[str, tuple[str, ...]] = {
-  "train": codebooks.NAMES[:12],
-  "validation": codebooks.NAMES[12:16],
-  "unseen": codebooks.NAMES[16:24],
+  "train": codebooks.NAMES[:24],
+  "validation": codebooks.NAMES[24:34],
+  "unseen": codebooks.NAMES[34:42],
 }
-BASE = codebooks.NAMES[24:]  # no task is about these: a base model learns from them what a code is
+BASE = codebooks.NAMES[42:]  # no task is about these: a base model learns from them what a code is
 _REDUNDANT_EXAMPLES = 640  # before `sources` keeps one of 32 of them: 20 distinct examples, repeated
 NUM_PLANTED = 4  # sources of a planted task: each gives its own answer to the same prompts
 

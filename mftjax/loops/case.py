@@ -59,7 +59,7 @@ class Case:
       "weights": weights,
       "sources": feature_cache.digest(self.setting.pools.train),
       "abilities": feature_cache.digest(self.setting.pools.validation),
-      "probe": repr(self.setting.probe),
+      "probe": repr((self.setting.probe, self.setting.run)),
       "seed": str(self.kept.config.seed),
     }
     return feature_cache.cached(self.workdir, what, compute)

@@ -334,4 +334,5 @@ def _probe(setting: Setting, model: many_tasks.Model, task: meta_tasks.MetaTask,
     task.ability_weight,
     sketch_key,
     setting.probe,
+    task.budget * setting.run.num_steps * setting.run.batch_size * source_rows.tokens.shape[-1],
   )
