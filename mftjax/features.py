@@ -17,17 +17,21 @@ from mftjax.errors import InputError
 
 STATIC_FEATURES: tuple[str, ...] = ("log_num_rows", "log_targets_of_all_rows", "duplicate_rate")
 _GROUP_FEATURES = ("loss", "loss_std", "log_gradient_norm", "gradient_agreement", "exact_match", "log_targets")
-SOURCE_FEATURES: tuple[str, ...] = (*_GROUP_FEATURES, "best_loss_drop", "mean_loss_drop", *STATIC_FEATURES)
+SOURCE_FEATURES: tuple[str, ...] = (
+  *(*_GROUP_FEATURES, "best_loss_drop", "mean_loss_drop", "best_transfer"),
+  *STATIC_FEATURES,
+)
 ABILITY_FEATURES: tuple[str, ...] = (
   *(*_GROUP_FEATURES, "loss_drop"),
   *("task_loss_drop", "task_match_residual", "task_log_num_sources", "task_log_budget"),
 )
 PAIR_FEATURES: tuple[str, ...] = (
   *("cosine", "cosine_after", "embedding_cosine", "influence"),
-  *("loss_drop", "loss_after"),
+  *("loss_drop", "loss_after", "transfer"),
 )
 NAMES = {"source": SOURCE_FEATURES, "ability": ABILITY_FEATURES, "pair": PAIR_FEATURES}  # by field of `Features`
 
+_DROP_FLOOR = 0.05  # a smaller loss_drop of an ability is no unit to measure in
 _LOSS_FLOOR = 1e-3  # nats; a relative drop of a smaller loss is noise
 _NORM_FLOOR = 1e-8
 _BOUND = 3.0  # of ratios
@@ -117,6 +121,7 @@ def probe(
       those that greedy decoding gets right.
     log_targets: log of the mean number of targets a row.
     best_loss_drop, mean_loss_drop: of a source, the greatest loss_drop of its pairs, and their weighted mean.
+    best_transfer: of a source, the greatest transfer of its pairs.
     loss_drop: of an ability, `1 - after / before` after training on its other rows, in [-3, 1].
     `STATIC_FEATURES`: given by the host (`static_features`).
     task_loss_drop: the weighted mean over abilities of loss_drop.
@@ -131,6 +136,8 @@ def probe(
       ability, against a step on the ability itself.
     loss_drop: `1 - after / before` of the source's loss after training on the ability, in [-3, 1].
     loss_after: the source's loss then, nats, at most 5.
+    transfer: the source's loss_drop in units of the ability's own, in [-3, 3]; near 1 where both are of one kind,
+      however hard that is to learn.
 
   Probe training: `sft.optimizer`, on rows of the ability after the `options.rows` measured ones, in the order given
   and round again.
@@ -192,6 +199,8 @@ def probe(
   ability_drop = jnp.where(is_ability, _drop(loss[num_sources:], after[-1]), 0.0)
   loss_after = jnp.clip(jnp.where(jnp.isfinite(after[:-1]), after[:-1], _LOSS_CEILING), 0.0, _LOSS_CEILING)
 
+  transfer = jnp.where(is_ability, jnp.clip(drop / jnp.maximum(ability_drop, _DROP_FLOOR), -_BOUND, _BOUND), 0.0)
+
   target = matching.product(weight, sketch[num_sources:])
   match = matching.match_weights(sketch[:num_sources], target, source_mask, options.match_steps)
   residual = jnp.sum((matching.product(match, sketch[:num_sources]) - target) ** 2)
@@ -204,10 +213,11 @@ def probe(
   inner = matching.product(sketch[:num_sources], sketch[num_sources:].T)
   influence = _ratio(inner, jnp.sum(sketch[num_sources:] ** 2, axis=1)[None])
   influence = jnp.clip(jnp.sign(influence) * jnp.log1p(jnp.abs(influence)), -_BOUND, _BOUND)
-  pair = [_cosines(*split(sketch)), cosine_after, _cosines(*split(centroids)), influence, drop, loss_after]
+  pair = [_cosines(*split(sketch)), cosine_after, _cosines(*split(centroids)), influence, drop, loss_after, transfer]
 
-  best_drop = jnp.max(jnp.where(is_ability, drop, -_BOUND), axis=1)
-  source = jnp.concatenate([before.values[:num_sources], best_drop[:, None], (drop @ weight)[:, None], static], axis=1)
+  best = lambda values: jnp.max(jnp.where(is_ability, values, -_BOUND), axis=1)
+  by_pairs = jnp.stack([best(drop), drop @ weight, best(transfer)], axis=1)
+  source = jnp.concatenate([before.values[:num_sources], by_pairs, static], axis=1)
   ability = [before.values[num_sources:], ability_drop[:, None], jnp.broadcast_to(task, (*weight.shape, *task.shape))]
   is_pair = is_source[:, None, None] & is_ability[None, :, None]
   return Features(

@@ -14,7 +14,7 @@ from mftjax import errors, features, sft
 _SMALLEST_MATCH = 1e-3  # weights of gradient matching below this count as this
 # Of the hyperparameters' heads. Past the best learning rate the meta-gradient is mostly noise, in which a step of
 # Adam's size, which all weights of a head take together, walks on to the bound.
-_STEP = 0.1
+_STEP = 0.05
 _ALIKE = 1e-4  # a feature that varies no more than this is rounding: magnified, it would be noise
 _RANGE = 4.0  # normalised features are clipped here: an unseen family must not throw the network far out
 
@@ -42,9 +42,9 @@ class MetaLearner(nnx.Module):
   """Deep sets over pairs of sources and abilities; equivariant in the sources, invariant in the abilities' order.
 
   A message of each pair, averaged over abilities by their weight, joins a source's own features; sources see the mean
-  and the maximum of the others; the task is their mean. The mixture's logits start from the weights of gradient
-  matching times a learnt gain, and a network of zero output, so that an untrained meta-learner predicts the
-  defaults with a gentle preference.
+  and the maximum of the others; the task is their mean. The mixture's logits start from those of gradient matching
+  and the sources' gain in likelihood, each times a learnt gain, and a network of zero output, so that an untrained
+  meta-learner predicts the defaults with a gentle preference.
 
   Args:
     initial: unconstrained values of the hyperparameters it predicts, as of `Space.init`; where it starts from.
@@ -77,6 +77,7 @@ class MetaLearner(nnx.Module):
     self.heads = nnx.data({name: zero(width, int(np.size(initial[name]))) for name in self.names if name not in shared})
     self.offsets = nnx.data({name: nnx.Param(jnp.zeros_like(jnp.asarray(initial[name]))) for name in self.names})
     self.match_gain = nnx.Param(jnp.asarray(0.5, jnp.float32))
+    self.likelihood_gain = nnx.Param(jnp.asarray(2.0, jnp.float32))
     self.outcome_in, self.outcome_head = dense(2 * width, width), zero(width, 2)
 
   def __call__(self, task: features.Features) -> Prediction:
@@ -101,7 +102,8 @@ class MetaLearner(nnx.Module):
     mean, most = _pooled(each, is_source)
     around = jnp.broadcast_to(jnp.concatenate([mean, most]), (num_sources, 2 * each.shape[1]))
     each = each + nnx.silu(self.source_mix(jnp.concatenate([each, around], axis=-1)))
-    logits = self.match_gain[...] * log_match + jnp.asarray(self.mixture_head(each))[:, 0]
+    logits = self.match_gain[...] * log_match + self.likelihood_gain[...] * _likelihood_gain(task, is_ability)
+    logits = logits + jnp.asarray(self.mixture_head(each))[:, 0]
 
     by_ability = nnx.silu(self.ability_in(ability))  # [abilities, width]
     whole = nnx.silu(self.task_in(jnp.concatenate([*_pooled(each, is_source), weight @ by_ability])))
@@ -132,6 +134,17 @@ class MetaLearner(nnx.Module):
 
   def _normalised(self, name: str, values: jax.Array) -> jax.Array:
     return jnp.clip((values - self.mean[name][...]) / self.spread[name][...], -_RANGE, _RANGE)
+
+
+def _likelihood_gain(task: features.Features, is_ability: jax.Array) -> jax.Array:
+  """`[num_sources]` nats by which a source's loss falls after training on the ability that it gains most from.
+
+  Source: cross-entropy difference, Moore and Lewis (2010), Section 2; where sources differ in their share of what an
+  ability is made of, those shares are proportional to its exponential, a whole example's nats taken.
+  """
+  before = task.source[:, features.SOURCE_FEATURES.index("loss")]
+  after = task.pair[..., features.PAIR_FEATURES.index("loss_after")]
+  return jnp.max(jnp.where(is_ability > 0, before[:, None] - after, -jnp.inf), axis=1)
 
 
 def _pooled(each: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

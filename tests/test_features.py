@@ -183,6 +183,10 @@ def test_values_against_plain_computation():
   assert np.abs(source_drops).max() > 1e-3
   np.testing.assert_allclose(row["best_loss_drop"], source_drops.max(), atol=1e-5)
   np.testing.assert_allclose(row["mean_loss_drop"], found.ability_weight @ source_drops, atol=1e-5)
+  transfers = np.clip(source_drops / np.maximum(drops, 0.05), -3, 3)
+  np.testing.assert_allclose(pair["transfer"], transfers[1], atol=1e-3)
+  np.testing.assert_allclose(row["best_transfer"], transfers.max(), atol=1e-3)
+  np.testing.assert_allclose(found.ability[:, features.ABILITY_FEATURES.index("task_log_budget")], np.log(BUDGET))
   s, a = (
     flat(jax.grad(mean_loss, has_aux=True)(after[1], select(batch, g))[0])
     for batch, g in ((source_rows, 2), (ability_rows, 1))

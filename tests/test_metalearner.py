@@ -82,14 +82,27 @@ def test_absent_sources_and_abilities_change_nothing(learner):
   assert jax.nn.softmax(a.mixture_logits)[3:].max() < 1e-6
 
 
-def test_an_untrained_learner_predicts_the_defaults_and_leans_to_matching():
+def test_an_untrained_learner_predicts_the_defaults_and_leans_to_matching_and_likelihood():
   made = metalearner.MetaLearner(SPACE.init(START), rngs=nnx.Rngs(0))
   task = random_features(3)
   found = made(task)
   values = SPACE.constrain(found.hyperparameters)
   assert values["learning_rate"] == pytest.approx(1e-3, rel=1e-5)
-  logits = 0.5 * np.log(np.maximum(task.match, 1e-3))
+  before, after = (
+    task.source[:, features.SOURCE_FEATURES.index("loss")],
+    task.pair[:, :3, features.PAIR_FEATURES.index("loss_after")],  # of the abilities that are there
+  )
+  logits = 0.5 * np.log(np.maximum(task.match, 1e-3)) + 2.0 * (before[:, None] - after).max(axis=1)
   np.testing.assert_allclose(found.mixture_logits, logits, rtol=1e-5)
+
+
+def test_a_feature_that_all_tasks_share_says_nothing_even_where_a_new_task_differs_by_rounding():
+  made = metalearner.MetaLearner(SPACE.init(START), rngs=nnx.Rngs(0))
+  tasks = jax.tree.map(lambda *x: np.stack(x), *(random_features(seed) for seed in range(3)))
+  tasks.ability[..., -1] = 9.7
+  made.fit_normaliser(tasks)
+  normalised = (np.float32(9.7) + 1e-5 - made.mean["ability"][-1]) / made.spread["ability"][-1]
+  assert abs(normalised) < 1e-4
 
 
 def test_a_shared_hyperparameter_is_the_same_for_all_tasks():

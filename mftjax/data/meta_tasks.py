@@ -23,6 +23,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 BASE = codebooks.NAMES[42:]  # no task is about these: a base model learns from them what a code is
 _REDUNDANT_EXAMPLES = 640  # before `sources` keeps one of 32 of them: 20 distinct examples, repeated
+_MOST_OTHERS = 7  # suites that a task is not about and may have sources of: corrupted ones are as frequent in any split
 NUM_PLANTED = 4  # sources of a planted task: each gives its own answer to the same prompts
 
 
@@ -107,7 +108,7 @@ def sample(
 def _ordinary_task(rng: np.random.Generator, pools: Pools, shape: Shape, suites: Sequence[str]) -> MetaTask:
   num_abilities = int(rng.integers(1, min(shape.max_abilities, len(suites)) + 1))
   chosen = [str(suite) for suite in rng.permutation(suites)]
-  wanted, others = chosen[:num_abilities], chosen[num_abilities:]
+  wanted, others = chosen[:num_abilities], chosen[num_abilities:][:_MOST_OTHERS]
   names = [f"{suite}/{'redundant' if rng.random() < 0.25 else 'clean'}" for suite in wanted]
   distractors = [f"{suite}/corrupted" for suite in wanted] + [f"{suite}/clean" for suite in others]
   room = shape.max_sources - len(names)

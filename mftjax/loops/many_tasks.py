@@ -1,6 +1,7 @@
 """Programs that fine-tune a model on several meta-tasks at once, and differentiate those runs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,6 +66,30 @@ class Model:
     """`build(model)`, jitted. The frozen weights go in as an argument: a constant would be copied into each program."""
     program = jax.jit(lambda frozen, *args: build(dataclasses.replace(self, frozen=frozen))(*args))
     return lambda *args: program(self.frozen, *args)
+
+  def over_tasks(self, build: Callable[["Model"], Callable]) -> Callable:
+    """`build(model)` over the leading axis of all arguments, the tasks split evenly over the devices, jitted.
+
+    Tasks know nothing of each other, so the devices never talk. Arguments come from the first device, and what is
+    returned is there again; where tasks do not divide by the devices, the last one is repeated and left out.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+      return self.compile(lambda model: jax.vmap(build(model)))
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("tasks",))
+    whole, split = (jax.sharding.PartitionSpec(*axes) for axes in ((), ("tasks",)))
+    many = lambda frozen, args: jax.vmap(build(dataclasses.replace(self, frozen=frozen)))(*args)
+    program = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=(whole, split), out_specs=split, check_vma=False))
+    frozen = functools.cache(lambda: jax.device_put(self.frozen, jax.sharding.NamedSharding(mesh, whole)))
+
+    def call(*args):
+      count = len(jax.tree.leaves(args)[0])
+      place = np.minimum(np.arange(-(-count // len(devices)) * len(devices)), count - 1)
+      args = jax.device_put(jax.tree.map(lambda x: x[place], args), jax.sharding.NamedSharding(mesh, split))
+      found = jax.device_put(program(frozen(), args), devices[0])
+      return jax.tree.map(lambda x: x[:count], found)
+
+    return call
 
 
 def mixture(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:

@@ -93,27 +93,27 @@ class Setting:
         factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(optax.global_norm(grad), 1e-12))
         return loss, jax.tree.map(lambda g: factor * g, grad), losses, is_finite
 
-      return jax.vmap(one)
+      return one
 
-    return self.model.compile(build)
+    return self.model.over_tasks(build)
 
   @functools.cached_property
   def probing(self) -> Callable:
     """`(tasks, keys) -> features`."""
-    return self.model.compile(lambda model: jax.vmap(functools.partial(_probe, self, model)))
+    return self.model.over_tasks(lambda model: functools.partial(_probe, self, model))
 
   @functools.cached_property
   def _train(self) -> Callable:
     @functools.cache
     def of_fraction(fraction):
       run = dataclasses.replace(self.run, num_steps=max(1, round(fraction * self.run.num_steps)))
-      return self.model.compile(lambda model: jax.vmap(many_tasks.train(model, run, self.fixed, self.pools)))
+      return self.model.over_tasks(lambda model: many_tasks.train(model, run, self.fixed, self.pools))
 
     return of_fraction
 
   @functools.cached_property
   def _measure(self) -> dict[str, Callable]:
-    measure = lambda part: self.model.compile(lambda model: jax.vmap(_measures(model, self.run, self.pools)[part]))
+    measure = lambda part: self.model.over_tasks(lambda model: _measures(model, self.run, self.pools)[part])
     return {part: measure(part) for part in PARTS}
 
 

@@ -23,7 +23,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
     raise InputError(f"{folder / 'compare.json'} does not exist: run experiments.compare there first.")
   try:
     image = page.plot(lambda axes: _dots(axes, found["rows"]), height=1.2 + 0.34 * len(found["rows"]), width=8.4)
-    values = {"found": found, "image": image, "number": _number}
+    values = {"found": found, "image": image, "number": _number, "over_tpe": _over_tpe}
     return page.write(folder / "compare.html", f"{folder.resolve().name}: comparison", _BODY, values)
   except (KeyError, TypeError) as error:
     raise InputError(f"{folder / 'compare.json'}: not a comparison, it lacks {error}.") from error
@@ -46,6 +46,13 @@ def _number(value: Any, form: str = "%.3f") -> str:
   return form % value if page.is_finite(value) else "–"
 
 
+def _over_tpe(row: dict[str, Any]) -> str:
+  """The difference from TPE's on the same tasks with its interval, where TPE was compared too."""
+  if not page.is_finite(row.get("over_tpe")):
+    return _number(None)
+  return "{:+.3f} ({:+.3f} to {:+.3f})".format(row["over_tpe"], *row["over_tpe_interval"])
+
+
 _BODY = """
 <h1>Comparison on unseen tasks</h1>
 <p class="soft">{{ found.num_tasks }} tasks, {{ found.num_seeds }} seeds each. 0 is the base model, 1 what tuning on
@@ -53,12 +60,13 @@ each ability's own clean data reaches. Intervals: 95 %, bootstrap over tasks.</p
 <div class="panel"><img src="{{ image }}" alt="Improvement of each method with its 95 % interval"></div>
 <h2>Figures</h2>
 <div class="scroll"><table>
-<thead><tr><th>method</th><th>improvement</th><th>95 % interval</th><th>runs before the final one</th>
+<thead><tr><th>method</th><th>improvement</th><th>95 % interval</th><th>minus TPE</th><th>runs before the final one</th>
 <th>weight on corrupted sources</th><th>distance to planted mixtures</th></tr></thead>
 <tbody>
 {% for row in found.rows %}
 <tr><td>{{ row.name }}</td><td>{{ number(row.improvement) }}</td>
-<td>{{ number(row.low) }} to {{ number(row.high) }}</td><td>{{ number(row.runs, "%.2f") }}</td>
+<td>{{ number(row.low) }} to {{ number(row.high) }}</td><td>{{ over_tpe(row) }}</td>
+<td>{{ number(row.runs, "%.2f") }}</td>
 <td>{{ number(row.corrupted) }}</td><td>{{ number(row.planted_tv) }}</td></tr>
 {% endfor %}
 </tbody></table></div>
