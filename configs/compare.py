@@ -36,12 +36,15 @@ def get_config(variant="small"):
   config_lib.learned("learning_rate", config, 1e-4, 2e-2, value=3e-3)
   config_lib.learned("weight_decay", config, 1e-4, 1.0)
   del config.hyperparameters["b1"]
+  config.cpu_devices = 2
   config.tasks.base_steps = 4000
   config.tasks.validation_rows = 64
+  config.tasks.num_validation = 128
   config.meta.outer_steps = 150
-  config.learner.learning_rate = 2e-3
+  config.learner.learning_rate = 5e-3
   config.learner.tasks_per_step = 16
   config.compare.constant_tasks = 40
+  config.compare.coverage_tasks = 100
   config.checkpoint_every = 50
   if variant == "tiny":
     config.budget_tokens = 8 * 8 * 32
@@ -60,6 +63,7 @@ def get_config(variant="small"):
     config.compare.num_seeds = 2
     config.compare.num_trials = 12
     config.compare.constant_tasks = 4
+    config.compare.coverage_tasks = 0
     config.compare.refine_steps = 1
     config.compare.direct_steps = 1
   elif variant != "small":

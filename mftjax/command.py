@@ -36,6 +36,8 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
   try:
     config, workdir = _parse()
     _use_compilation_cache(config.compilation_cache)
+    if config.cpu_devices:
+      jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     main(config, workdir)
   except errors.MftError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -110,7 +112,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
   mine = config_lib.flatten(json.loads(config.to_json_best_effort()))
   theirs = config_lib.flatten(json.loads(path.read_text()))
   for name in sorted(mine.keys() | theirs.keys()):
-    if mine.get(name) != theirs.get(name) and name != "compilation_cache":
+    if mine.get(name) != theirs.get(name) and name not in ("compilation_cache", "cpu_devices"):
       raise errors.InputError(
         f"{workdir} belongs to another config: {name} is {theirs.get(name)!r} there and {mine.get(name)!r} here. "
         "Take another --workdir or the config it was made with."

@@ -47,6 +47,9 @@ FIELDS: dict[str, Field] = {
   ),
   "truncate_side": Field("left", "side on which a prompt that is too long is cut", **_one_of("left", "right")),
   "compilation_cache": Field("default", "folder of compiled programs; 'default' is ~/.cache/mftjax, '' is off"),
+  "cpu_devices": Field(
+    0, "devices that a CPU is split into, over which meta-tasks are spread; 0 leaves that to JAX", **_at_least(0)
+  ),
   "model.path": Field("", "folder or hub id of the model; empty makes a small random one"),
   "model.gguf_file": Field("", "GGUF file within that folder"),
   "model.dtype": Field("float32", "dtype of the computation", **_one_of("float32", "bfloat16")),
@@ -156,6 +159,9 @@ FIELDS: dict[str, Field] = {
   "compare.methods": Field((), "ways of choosing a recipe that are compared; () is all of them"),
   "compare.num_tasks": Field(20, "unseen tasks", **_at_least(1)),
   "compare.num_seeds": Field(5, "seeds of each", **_at_least(1)),
+  "compare.coverage_tasks": Field(
+    0, "other unseen tasks that the predictions' intervals are checked on; 0 takes those compared on", **_at_least(0)
+  ),
   "compare.num_trials": Field(50, "trials of each search", **_at_least(3)),
   "compare.constant_tasks": Field(20, "training tasks that the best constant is chosen on", **_at_least(1)),
   "compare.refine_steps": Field(4, "meta-gradient steps on a predicted recipe", **_at_least(1)),

@@ -11,6 +11,8 @@ from flax import nnx
 
 from mftjax import errors, features, sft
 
+_NEVER = -1e9  # logit of what is absent; finite, so that its gradient is 0
+_SHARPNESS = 4.0  # per nat, of what an ability wants, where it starts from
 _SMALLEST_MATCH = 1e-3  # weights of gradient matching below this count as this
 # Of the hyperparameters' heads. Past the best learning rate the meta-gradient is mostly noise, in which a step of
 # Adam's size, which all weights of a head take together, walks on to the bound.
@@ -42,9 +44,10 @@ class MetaLearner(nnx.Module):
   """Deep sets over pairs of sources and abilities; equivariant in the sources, invariant in the abilities' order.
 
   A message of each pair, averaged over abilities by their weight, joins a source's own features; sources see the mean
-  and the maximum of the others; the task is their mean. The mixture's logits start from those of gradient matching
-  and the sources' gain in likelihood, each times a learnt gain, and a network of zero output, so that an untrained
-  meta-learner predicts the defaults with a gentle preference.
+  and the maximum of the others; the task is their mean. Every ability wants sources of its own, by what each gains in
+  likelihood from training on it, by gradient matching and by the network; the mixture is the mean of these wishes by
+  the abilities' shares, which start at their weights. So an ability that is hard to learn is not outbid by an easy
+  one. The network's outputs start at zero: an untrained meta-learner predicts the defaults with a gentle preference.
 
   Args:
     initial: unconstrained values of the hyperparameters it predicts, as of `Space.init`; where it starts from.
@@ -73,11 +76,10 @@ class MetaLearner(nnx.Module):
     self.ability_in, self.pair_in = dense(num_ability, width), dense(num_source + num_ability + num_pair, width)
     self.pair_out, self.source_in = dense(width, width), dense(num_source + 1 + width, width)
     self.source_mix, self.task_in = dense(3 * width, width), dense(3 * width, width)
-    self.mixture_head = zero(width, 1)
+    self.mixture_head, self.pair_head, self.share_head = zero(width, 1), zero(width, 1), zero(width, 2)
     self.heads = nnx.data({name: zero(width, int(np.size(initial[name]))) for name in self.names if name not in shared})
     self.offsets = nnx.data({name: nnx.Param(jnp.zeros_like(jnp.asarray(initial[name]))) for name in self.names})
     self.match_gain = nnx.Param(jnp.asarray(0.5, jnp.float32))
-    self.likelihood_gain = nnx.Param(jnp.asarray(2.0, jnp.float32))
     self.outcome_in, self.outcome_head = dense(2 * width, width), zero(width, 2)
 
   def __call__(self, task: features.Features) -> Prediction:
@@ -95,17 +97,22 @@ class MetaLearner(nnx.Module):
       jnp.broadcast_to(ability[None], (num_sources, num_abilities, ability.shape[1])),
       pair,
     ]
-    message = self.pair_out(nnx.silu(self.pair_in(jnp.concatenate(wide, axis=-1))))  # [sources, abilities, width]
-    message = jnp.einsum("sad,a->sd", message, weight)
+    by_pair = self.pair_out(nnx.silu(self.pair_in(jnp.concatenate(wide, axis=-1))))  # [sources, abilities, width]
+    message = jnp.einsum("sad,a->sd", by_pair, weight)
     log_match = jnp.log(jnp.maximum(task.match, _SMALLEST_MATCH))
     each = nnx.silu(self.source_in(jnp.concatenate([source, log_match[:, None], message], axis=-1)))
     mean, most = _pooled(each, is_source)
     around = jnp.broadcast_to(jnp.concatenate([mean, most]), (num_sources, 2 * each.shape[1]))
     each = each + nnx.silu(self.source_mix(jnp.concatenate([each, around], axis=-1)))
-    logits = self.match_gain[...] * log_match + self.likelihood_gain[...] * _likelihood_gain(task, is_ability)
-    logits = logits + jnp.asarray(self.mixture_head(each))[:, 0]
 
     by_ability = nnx.silu(self.ability_in(ability))  # [abilities, width]
+    log_sharpness, log_share = jnp.moveaxis(jnp.asarray(self.share_head(by_ability)), -1, 0)
+    wanted = _SHARPNESS * jnp.exp(log_sharpness) * _likelihood_gain(task) + jnp.asarray(self.pair_head(by_pair))[..., 0]
+    wanted = wanted + (self.match_gain[...] * log_match + jnp.asarray(self.mixture_head(each))[:, 0])[:, None]
+    wanted = jax.nn.log_softmax(jnp.where(is_source[:, None] > 0, wanted, _NEVER), axis=0)
+    log_share = log_share + jnp.log(jnp.where(is_ability > 0, weight, 1.0))
+    log_share = jax.nn.log_softmax(jnp.where(is_ability > 0, log_share, _NEVER))
+    logits = jax.nn.logsumexp(wanted + log_share, axis=1)
     whole = nnx.silu(self.task_in(jnp.concatenate([*_pooled(each, is_source), weight @ by_ability])))
     hyperparameters = {}
     for name in self.names:
@@ -136,15 +143,13 @@ class MetaLearner(nnx.Module):
     return jnp.clip((values - self.mean[name][...]) / self.spread[name][...], -_RANGE, _RANGE)
 
 
-def _likelihood_gain(task: features.Features, is_ability: jax.Array) -> jax.Array:
-  """`[num_sources]` nats by which a source's loss falls after training on the ability that it gains most from.
+def _likelihood_gain(task: features.Features) -> jax.Array:
+  """`[num_sources, num_abilities]` nats by which a source's loss falls after training on an ability.
 
-  Source: cross-entropy difference, Moore and Lewis (2010), Section 2; where sources differ in their share of what an
-  ability is made of, those shares are proportional to its exponential, a whole example's nats taken.
+  Source: cross-entropy difference, Moore and Lewis (2010), Section 2.
   """
   before = task.source[:, features.SOURCE_FEATURES.index("loss")]
-  after = task.pair[..., features.PAIR_FEATURES.index("loss_after")]
-  return jnp.max(jnp.where(is_ability > 0, before[:, None] - after, -jnp.inf), axis=1)
+  return before[:, None] - task.pair[..., features.PAIR_FEATURES.index("loss_after")]
 
 
 def _pooled(each: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

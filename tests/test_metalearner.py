@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from mftjax import errors, features, metalearner, spaces
@@ -92,8 +93,9 @@ def test_an_untrained_learner_predicts_the_defaults_and_leans_to_matching_and_li
     task.source[:, features.SOURCE_FEATURES.index("loss")],
     task.pair[:, :3, features.PAIR_FEATURES.index("loss_after")],  # of the abilities that are there
   )
-  logits = 0.5 * np.log(np.maximum(task.match, 1e-3)) + 2.0 * (before[:, None] - after).max(axis=1)
-  np.testing.assert_allclose(found.mixture_logits, logits, rtol=1e-5)
+  logits = 0.5 * np.log(np.maximum(task.match, 1e-3))[:, None] + 4.0 * (before[:, None] - after)
+  wanted = scipy.special.softmax(logits, axis=0)  # by each ability
+  np.testing.assert_allclose(np.exp(found.mixture_logits), wanted @ task.ability_weight[:3], rtol=1e-4)
 
 
 def test_a_feature_that_all_tasks_share_says_nothing_even_where_a_new_task_differs_by_rounding():

@@ -183,11 +183,10 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   unseen = meta_learn.sample_tasks(config, setting, "unseen", limits.num_tasks, config.seed + 2)
   tasks = repeat(unseen, limits.num_seeds)
   choices = choose(config, learnt, tasks)
-  table, losses, gains = [], {}, {}
+  table, gains = [], {}
   for name, choice in choices.items():
-    found = setting.outcome("test", choice.values, choice.weights, tasks.found.tasks, tasks.keys(1))
-    losses[name] = jnp.where(jnp.isfinite(found), found, DIVERGED)
-    gain = -judged(setting, tasks.found.tasks, "test", losses[name], objectives.OBJECTIVES["normalised"])
+    losses = final_losses(setting, tasks, choice)
+    gain = -judged(setting, tasks.found.tasks, "test", losses, objectives.OBJECTIVES["normalised"])
     gains[name] = gain.reshape(limits.num_tasks, limits.num_seeds).mean(axis=1)
   for name, choice in choices.items():
     low, high = metrics.bootstrap_interval(gains[name])
@@ -203,12 +202,18 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
     "num_tasks": limits.num_tasks,
     "num_seeds": limits.num_seeds,
     "rows": table,
-    "coverage": coverage(learnt, tasks, losses["predicted"]) if "predicted" in losses else None,
+    "coverage": coverage(config, learnt, tasks) if "predicted" in gains else None,
     # A meta-gradient counts as the steps that it goes through, as a trial counts its own.
     "meta_training_runs": config.meta.outer_steps * config.learner.tasks_per_step,
   }
   files.write_json(workdir / "compare.json", result)
   return result
+
+
+def final_losses(setting: setting_lib.Setting, tasks: Tasks, choice: Choice) -> jax.Array:
+  """`[num_tasks, max_abilities]` test losses after the final runs."""
+  found = setting.outcome("test", choice.values, choice.weights, tasks.found.tasks, tasks.keys(1))
+  return jnp.where(jnp.isfinite(found), found, DIVERGED)
 
 
 def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: Tasks) -> dict[str, Choice]:
@@ -277,12 +282,19 @@ def nearest(
   return Choice(*_stacked(found), probe)
 
 
-def coverage(learnt: meta_learn.Learnt, tasks: Tasks, losses: jax.Array) -> float:
-  """Part of the test losses after the predicted recipes' runs that lie within their 90 % intervals."""
+def coverage(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, compared: Tasks) -> float:
+  """Part of the test losses after the predicted recipes' runs that lie within their 90 % intervals.
+
+  Seeds of one task come out much alike, so more tasks tell more: `compare.coverage_tasks` of one seed each.
+  """
+  setting, tasks, count = learnt.setting, compared, config.compare.coverage_tasks
+  if count:
+    tasks = repeat(meta_learn.sample_tasks(config, setting, "unseen", count, config.seed + 4), 1)
   prediction = learnt.predict(tasks.found.features)
-  base = setting_lib.task_scale(learnt.setting.scale["test"], tasks.found.tasks).base
+  choice = as_choice(setting, tasks, prediction.recipe, np.zeros(len(tasks.seeds)))
+  base = setting_lib.task_scale(setting.scale["test"], tasks.found.tasks).base
   half = learnt.spread_factor * jnp.exp(prediction.log_spread)
-  is_within = jnp.abs(metalearner.log_ratio(losses, base) - prediction.loss_ratio) <= half
+  is_within = jnp.abs(metalearner.log_ratio(final_losses(setting, tasks, choice), base) - prediction.loss_ratio) <= half
   return float(is_within[tasks.found.tasks.ability_weight > 0].mean())
 
 
