@@ -45,6 +45,7 @@ def get_config(variant="small"):
   config.learner.tasks_per_step = 16
   config.compare.constant_tasks = 40
   config.compare.coverage_tasks = 100
+  config.compare.direct_steps = 24
   config.checkpoint_every = 50
   if variant == "tiny":
     config.budget_tokens = 8 * 8 * 32

@@ -36,8 +36,6 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
   try:
     config, workdir = _parse()
     _use_compilation_cache(config.compilation_cache)
-    if config.cpu_devices:
-      jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     main(config, workdir)
   except errors.MftError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -65,7 +63,8 @@ def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
     raise errors.InputError(f"Unexpected arguments: {' '.join(rest)}.")
   if config is None or _WORKDIR.value is None:
     raise errors.InputError("Give --config=configs/X.py[:variant] and --workdir=DIR.")
-  config_lib.check(loaded(config, "config"))
+  _split_cpu(loaded(config, "config").get("cpu_devices"))
+  config_lib.check(config)
   return config, pathlib.Path(_WORKDIR.value).absolute()
 
 
@@ -81,6 +80,12 @@ def loaded(config: ml_collections.ConfigDict, flag: str) -> ml_collections.Confi
     reason = " ".join(str(error).rpartition("failure to load: ")[2].split())
     raise errors.InputError(f"--{flag}: {reason}") from error
   return config
+
+
+def _split_cpu(number: object) -> None:
+  """Before anything is computed, even by the check of the config: JAX counts its devices once."""
+  if isinstance(number, int) and number > 0:
+    jax.config.update("jax_num_cpu_devices", number)
 
 
 def _use_compilation_cache(folder: str) -> None:

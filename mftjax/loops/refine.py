@@ -13,8 +13,8 @@ from mftjax.loops import setting as setting_lib
 
 
 def optimizer(num_steps: int, rate: float) -> optax.GradientTransformation:
-  """Adam, whose rate falls to a tenth by a cosine."""
-  return optax.adam(optax.cosine_decay_schedule(rate, max(num_steps, 1), alpha=0.1), b1=0.8, b2=0.95)
+  """Adam, whose rate falls to a hundredth by a cosine: what is left of a step's noise stays in the recipe."""
+  return optax.adam(optax.cosine_decay_schedule(rate, max(num_steps, 1), alpha=0.01), b1=0.8, b2=0.95)
 
 
 def descend(
@@ -26,7 +26,7 @@ def descend(
   rate: float,
   batch_size: int | None = None,
 ) -> tuple[Any, np.ndarray]:
-  """`num_steps` of Adam on each task's own recipe, along its meta-gradient; the rate falls to a tenth by a cosine.
+  """`num_steps` of Adam on each task's own recipe, along its meta-gradient; the rate falls by a cosine.
 
   Args:
     tasks: `[num_tasks, ...]`.
