@@ -9,7 +9,6 @@ turns; medians are printed. Compile time is that of the outer step (mixed, T = 4
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import time
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mftjax import metagrad, models, sft, types
+from mftjax import files, metagrad, models, sft, types
 
 BATCH, LENGTH, VOCAB = 8, 256, 4096
 COMPILE_DEPTHS = (4, 24)
@@ -156,8 +155,7 @@ def main():
   print("".join(f"compile at {depth} layers {value:.1f} s  " for depth, value in compiled.items()), end="")
   print(f"ratio {figures['compile_ratio']:.2f}")
   if arguments.json:
-    with open(arguments.json, "w") as file:
-      json.dump(figures, file, indent=2)
+    files.write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ to beat. `regret` is the objective at the learned value above the grid's least.
 
 import argparse
 import dataclasses
-import json
 import time
 import types
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import compare as compare_config
-from mftjax import spaces
+from mftjax import files, spaces
 from mftjax.data import meta_tasks
 from mftjax.loops import compare, refine
 from mftjax.loops import setting as setting_lib
@@ -239,8 +238,7 @@ def main():
     result[name] = PARTS[name](setting, tasks, outer, arguments.num_seeds)
     print(f"after {time.perf_counter() - began:.0f} s", flush=True)
     if arguments.json:
-      with open(arguments.json, "w") as file:
-        json.dump(result, file, indent=2)
+      files.write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

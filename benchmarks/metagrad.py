@@ -10,7 +10,6 @@ less than 5 minutes on 2 cores.
 
 import argparse
 import dataclasses
-import json
 import math
 import platform
 import statistics
@@ -25,7 +24,7 @@ import optax
 from flax import nnx
 
 from benchmarks import decoder, peers, xla_cost
-from mftjax import metagrad, models, sft
+from mftjax import files, metagrad, models, sft
 
 VOCAB, NUM_SOURCES, LORA_RANK = 512, 4, 8
 MIB = 2**20
@@ -293,8 +292,7 @@ def main():
     compared = peers.compare(["mlp", "transformer"], [8] if arguments.small else [2, 8, 32], arguments.small)
     print("\n" + peers.format_table(compared))
   if arguments.json:
-    with open(arguments.json, "w") as file:
-      json.dump({"machine": machine, "rows": rows, "peers": compared}, file, indent=2)
+    files.write_json(arguments.json, {"machine": machine, "rows": rows, "peers": compared})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ All recipes of both parts are learned in one program.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +33,7 @@ import optax
 
 from configs import compare as compare_config
 from mftjax import config as config_lib
-from mftjax import metrics, objectives
+from mftjax import files, metrics, objectives
 from mftjax.data import meta_tasks
 from mftjax.loops import compare, many_tasks, outer_objective, refine
 from mftjax.loops import setting as setting_lib
@@ -277,8 +276,7 @@ def main():
     print(f"{kind:10s} {row['excess']:9.3f} {interval(row):>20s} {row['within']:12.0%} {row['others']:8.3f}")
   print(f"{arguments.tasks} tasks, {arguments.seeds} seeds, {time.perf_counter() - start:.0f} s")
   if arguments.json:
-    with open(arguments.json, "w") as file:
-      json.dump(found, file, indent=2)
+    files.write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ teacher, data and directions differ) with their standard errors. About a minute 
 
 import argparse
 import functools
-import json
 import time
 
 import jax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mftjax import metagrad, sft
+from mftjax import files, metagrad, sft
 from mftjax.metagrad import smoothness
 
 NUM_SOURCES, NUM_STEPS, ROWS, HELD_OUT = 8, 60, 32, 512
@@ -133,8 +132,7 @@ def main():
       print(f"{rate_name:8s} {learning_rate:8g} {name:16s} {cells[0]:>15s} {cells[1]:>17s} {cells[2]:>15s}")
   print(f"{arguments.num_seeds} seeds, {time.perf_counter() - start:.0f} s")
   if arguments.json:
-    with open(arguments.json, "w") as file:
-      json.dump(figures, file, indent=2)
+    files.write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mftjax import files
 from mftjax.errors import InputError
 from mftjax.features import ABILITY_FEATURES, PAIR_FEATURES, SOURCE_FEATURES, Features
 
@@ -59,10 +59,7 @@ def cached(
   features = compute()
   names = [field.name for field in dataclasses.fields(features)]
   arrays: dict[str, Any] = {name: np.asarray(getattr(features, name)) for name in names}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-    np.savez(file, **arrays, model=np.asarray(model), meaning=np.asarray(_MEANING))
-  os.replace(file.name, path)
+  files.write_npz(path, {**arrays, "model": np.asarray(model), "meaning": np.asarray(_MEANING)})
   return features
 
 

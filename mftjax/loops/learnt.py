@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import zipfile
 from typing import Any
@@ -83,20 +82,12 @@ def keep(
     arrays[f"known/features/{field.name}"] = getattr(task_features, field.name)
   arrays = {name: np.asarray(array)[:_MOST_KNOWN] for name, array in arrays.items()}
   arrays |= {f"learner/{name}": np.asarray(array) for name, array in task_lib.pure(state).items()}
-  partial = workdir / f".{ARRAYS}.{os.getpid()}.partial"
-  with partial.open("wb") as file:
-    np.savez(file, **arrays)
-  os.replace(partial, workdir / ARRAYS)
+  files.write_npz(workdir / ARRAYS, arrays)
   found = {
     "format": FORMAT,
     "spread_factor": spread_factor,
     "model": config.model.path or BASE_MODEL,
     "model_digest": weights_digest(setting.model),
-    "max_sources": config.tasks.max_sources,
-    "max_abilities": config.tasks.max_abilities,
-    "length": config.length,
-    "batch_size": config.batch_size,
-    "budget_tokens": config.budget_tokens,
     "features": _FEATURES,
   }
   files.write_json(workdir / FILE, found)
