@@ -4,5 +4,7 @@ from mftjax.report.comparison import write as write_comparison
 from mftjax.report.run import table, write
 from mftjax.report.task import tables as task_tables
 from mftjax.report.task import write as write_task
+from mftjax.report.transfer import tables as transfer_tables
+from mftjax.report.transfer import write as write_transfer
 
-__all__ = ["table", "task_tables", "write", "write_comparison", "write_task"]
+__all__ = ["table", "task_tables", "transfer_tables", "write", "write_comparison", "write_task", "write_transfer"]
