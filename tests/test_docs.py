@@ -25,6 +25,16 @@ def test_the_task_to_predict_for_is_right():
   config_lib.check(names["get_config"]())
 
 
+def test_the_config_with_a_rank_and_a_scale_of_lora_is_right():
+  (code,) = blocks(ROOT / "docs" / "compare.md", "python")
+  names: dict = {}
+  exec(code, names)
+  config = names["get_config"]()
+  config_lib.check(config)
+  assert {"lora_rank", "lora_scale"} < set(config_lib.space(config).spaces)
+  assert config_lib.shared(config) == ("lora_scale",)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_fields_exist(page):
   text = page.read_text()

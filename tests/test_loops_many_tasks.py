@@ -1,7 +1,8 @@
-"""Runs of many tasks whose batch size or stopping point is learned: against plain loops and finite differences."""
+"""Runs of many tasks that learn batch size, stopping point or LoRA: against plain loops and finite differences."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,25 @@ from flax import nnx
 
 from configs import compare as compare_config
 from mftjax import config as config_lib
-from mftjax import errors, sft, spaces
+from mftjax import errors, models, sft, spaces
 from mftjax.data import meta_tasks
 from mftjax.loops import many_tasks
 from mftjax.loops import setting as setting_lib
 from mftjax.loops import task as task_lib
 
 BOUNDS = {"low": 2.0, "high": 8.0, "scale": "log", "learn": True}
+LORA = {
+  "lora_rank": {"value": 2.6, "values": (1, 2, 4), "scale": "ordered", "learn": True},
+  "lora_scale": {"value": 1.3, "low": 0.25, "high": 4.0, "learn": True},
+}
 
 
-def with_learned(**hyperparameters):
+def with_learned(lora_rank_of_model=0, **hyperparameters):
   """The tiny config with an untrained model, runs of 6 steps of 8 rows, and these hyperparameters learned besides."""
   config = compare_config.get_config("tiny")
   config.budget_tokens = 6 * 8 * config.length
   config.meta.unroll_length = 6
+  config.lora.rank = lora_rank_of_model
   config.hyperparameters.update(hyperparameters)
   config_lib.check(config)
   return config
@@ -33,7 +39,7 @@ def with_learned(**hyperparameters):
 def assemble(config):
   decoder, _ = task_lib.load_model(config)
   pools = meta_tasks.build_pools(config.length, config.tasks.pool_rows, config.seed)
-  return setting_lib.assemble(config, many_tasks.Model(*nnx.split(decoder)), pools, {})
+  return setting_lib.assemble(config, setting_lib.base_model(config, decoder), pools, {})
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +136,14 @@ def test_runs_are_as_long_as_their_least_batch_needs():
     assert assemble(with_learned(batch_size=spec)).run.most_steps == most_steps
 
 
-def test_the_gradient_in_batch_size_and_stopping_point_is_the_slope_of_the_whole_run(task):
-  """Central differences in f64, in the very batches of the unroll, between whole rows and whole steps."""
-  learned = {
-    "batch_size": {"value": 4.6, **BOUNDS},
-    "stop_fraction": {"value": 0.7, "low": 0.2, "high": 1.0, "scale": "linear", "learn": True},
-  }
-  config = with_learned(**learned)
+def assert_gradient_is_the_slope(config, task, names):
+  """Of the whole run, by central differences in f64, in the very batches of the unroll."""
   with jax.enable_x64(True):
     config.model.dtype = "float64"
     setting = assemble(config)
     cast = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)
-    model = dataclasses.replace(setting.model, params=jax.tree.map(cast, setting.model.params))
+    params, frozen = (jax.tree.map(cast, part) for part in (setting.model.params, setting.model.frozen))
+    model = dataclasses.replace(setting.model, params=params, frozen=frozen)
     recipe = {
       "hyperparameters": jax.tree.map(cast, setting.space.init(setting.defaults)),
       "mixture_logits": jnp.zeros(len(task.source)),
@@ -150,7 +152,7 @@ def test_the_gradient_in_batch_size_and_stopping_point_is_the_slope_of_the_whole
     objective = lambda losses: losses @ jax.tree.map(cast, task.ability_weight)
     value = jax.jit(lambda recipe: differentiate(recipe, jax.tree.map(cast, task), objective, jax.random.key(0)))
     grad = value(recipe)[1]["hyperparameters"]
-    for name in ("batch_size", "stop_fraction", "learning_rate"):
+    for name in names:
       moved = lambda step, name=name: {
         **recipe,
         "hyperparameters": {**recipe["hyperparameters"], name: recipe["hyperparameters"][name] + step},
@@ -160,10 +162,94 @@ def test_the_gradient_in_batch_size_and_stopping_point_is_the_slope_of_the_whole
       assert float(grad[name]) == pytest.approx(float(slope), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lora_rank", "lora_scale"])
-def test_hyperparameters_of_lora_are_refused(name):
-  config = compare_config.get_config("tiny")
-  config.lora.rank = 4
-  config.hyperparameters[name] = {"value": 1.0, "low": 1.0, "high": 4.0, "learn": True}
-  with pytest.raises(errors.InputError, match=f"{name} cannot be learned"):
-    setting_lib.build(config)
+def test_the_gradient_in_batch_size_and_stopping_point_is_the_slope_of_the_whole_run(task):
+  """Between whole rows and whole steps."""
+  learned = {
+    "batch_size": {"value": 4.6, **BOUNDS},
+    "stop_fraction": {"value": 0.7, "low": 0.2, "high": 1.0, "scale": "linear", "learn": True},
+  }
+  assert_gradient_is_the_slope(with_learned(**learned), task, (*learned, "learning_rate"))
+
+
+def test_the_gradient_in_rank_and_scale_is_the_slope_of_the_whole_run(task):
+  """Between whole ranks."""
+  assert_gradient_is_the_slope(with_learned(4, **LORA), task, (*LORA, "learning_rate"))
+
+
+@pytest.fixture(scope="module")
+def lora_setting():
+  return assemble(with_learned(4, **LORA))
+
+
+def outcome(setting, task, **values):
+  """Test losses after a run of one task, equal weights and a learning rate of 1e-2."""
+  values = {name: np.full(1, value) for name, value in {**setting.defaults, "learning_rate": 1e-2, **values}.items()}
+  one = jax.tree.map(lambda x: x[None], task)
+  return setting.outcome("test", values, equal(task)[None], one, jax.random.key(4)[None])[0]
+
+
+@pytest.mark.parametrize(("rank", "whole_rank", "scale"), [(1.2, 1, 1.0), (2.3, 2, 1.5), (4.0, 4, 0.5)])
+def test_a_learned_rank_is_a_plain_run_of_a_smaller_lora(lora_setting, task, rank, whole_rank, scale):
+  """Of one that has no more columns than that, in place of a mask, and the scale in the model itself."""
+  setting, model = lora_setting, lora_setting.model
+
+  def first_columns(path, leaf):
+    is_a = any(name.endswith("_lora_a") for name in models.lora.names_of(path))
+    return leaf[..., :whole_rank] if is_a else leaf[..., :whole_rank, :]
+
+  decoder = model.merge(jax.tree.map_with_path(first_columns, model.params))
+  decoder.layers.lora_scale *= scale
+  smaller = many_tasks.Model(*nnx.split(decoder, models.lora.LoRAParam, ...))
+  batches = many_tasks.draw(setting.pools, task, equal(task), jax.random.key(4), 6, 8)
+  optimizer = sft.optimizer({**setting.fixed, "learning_rate": 1e-2}, 6)
+  params, opt_state = smaller.params, optimizer.init(smaller.params)
+
+  @jax.jit
+  def step(params, opt_state, batch):
+    grad = jax.grad(lambda p: sft.row_losses(smaller.apply(p, batch), batch)[0].mean())(params)
+    updates, opt_state = optimizer.update(grad, opt_state, params)
+    return jax.tree.map(lambda p, u: p + u, params, updates), opt_state
+
+  for number in range(6):
+    params, opt_state = step(params, opt_state, jax.tree.map(lambda x, n=number: x[n], batches))
+  rows = many_tasks.held_out(setting.pools.test, task, setting.run.test_rows)
+  want = many_tasks.ability_losses(smaller, params, rows, len(task.ability_weight))
+  np.testing.assert_allclose(outcome(setting, task, lora_rank=rank, lora_scale=scale), want, rtol=2e-5)
+
+
+def test_ranks_and_scales_of_runs_tell_them_apart(lora_setting, task):
+  is_there = np.asarray(task.ability_weight) > 0
+  found = [
+    np.asarray(outcome(lora_setting, task, lora_rank=rank, lora_scale=scale))[is_there]
+    for rank, scale in ((1, 1.0), (2, 1.0), (4, 1.0), (4, 2.0))
+  ]
+  for a, b in itertools.combinations(found, 2):
+    assert np.all(np.abs(a - b) > 1e-3)
+
+
+def test_a_rank_and_a_scale_that_stay_as_they_are_count_too(lora_setting, task):
+  held = {"lora_rank": {"value": 2.0}, "lora_scale": {"value": 1.5}}
+  found = outcome(assemble(with_learned(4, **held)), task)
+  np.testing.assert_allclose(found, outcome(lora_setting, task, lora_rank=2, lora_scale=1.5), rtol=1e-6)
+
+
+def test_a_run_that_is_differentiated_ends_where_an_ordinary_one_does(lora_setting, task):
+  """At a rank and a scale in between; with equal weights both draw the same rows."""
+  setting, key = lora_setting, jax.random.key(5)
+  parts = setting.model, setting.run
+  recipe = {"hyperparameters": setting.space.init(setting.defaults), "mixture_logits": jnp.zeros(len(task.source))}
+  differentiate = many_tasks.value_and_grad(*parts, setting.space, setting.fixed, setting.pools, "first_order")
+  objective = lambda losses: losses @ task.ability_weight
+  losses = jax.jit(lambda recipe: differentiate(recipe, task, objective, key)[2])(recipe)
+
+  train = many_tasks.train(*parts, setting.fixed, setting.pools)
+  measure = many_tasks.measure(setting.model, setting.pools.validation, setting.run.validation_rows)
+  values, data_key = setting.space.constrain(recipe["hyperparameters"]), jax.random.split(key)[0]
+  want = jax.jit(lambda values: measure(train(values, equal(task), task, data_key), task))(values)
+  np.testing.assert_allclose(losses, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_hyperparameters_of_lora_need_lora(name):
+  with pytest.raises(errors.InputError, match=rf"{name} has no meaning without LoRA: config\.lora\.rank = 0"):
+    with_learned(0, **{name: LORA[name]})

@@ -121,7 +121,7 @@ def search(setting: setting_lib.Setting, tasks: Tasks, build: Callable) -> Choic
   masks = np.asarray(tasks.found.tasks.source_mask)
   methods: list[Any] = []
   for index, mask in enumerate(masks):
-    default = baselines.Candidate(setting.defaults, baselines.uniform(mask))
+    default = baselines.Candidate(setting.space.rounded(setting.defaults), baselines.uniform(mask))
     methods.append(build(search_space(setting, mask), 1000 * int(tasks.seeds[index]) + index, default))
   rounds = 0
   while True:

@@ -142,7 +142,8 @@ def problem(
 ) -> metagrad.Problem:
   """A meta-task's bilevel problem: its meta-parameters are a recipe, `{hyperparameters, mixture_logits}` unconstrained.
 
-  A `batch_size` counts the first rows of a batch, and the run ends when its part of the budget is used.
+  A `batch_size` counts the first rows of a batch, and the run ends when its part of the budget is used. Both losses are
+  those of the LoRA at its `lora_rank` and `lora_scale`.
 
   Args:
     objective: `[max_abilities]` losses -> scalar.
@@ -156,6 +157,7 @@ def problem(
     return sft.inner_loss(apply, params, values, batch, hyperparameters(recipe), run.batch_size)
 
   def outer_loss(params, recipe, batch, rng):
+    params = sft.adapted(params, hyperparameters(recipe))
     losses = ability_losses(model, params, batch, len(task.ability_weight))
     return objective(losses), losses
 
@@ -205,7 +207,8 @@ def train(model: Model, run: Run, fixed: Mapping[str, float], pools: meta_tasks.
 
   Rows are drawn from the mixture itself, as `finetune` does. `values` are constrained hyperparameters, `weights`
   `[max_sources]` the mixture, and `task.budget` is the part of the run that is trained. A `batch_size` counts the first
-  rows of a batch; below the run's `smallest_batch` the run is cut off.
+  rows of a batch; below the run's `smallest_batch` the run is cut off. `lora_rank` and `lora_scale` are worked into the
+  params, which are thus those of the model that `finetune` exports.
   """
   apply = lambda params, memory, batch: model.apply(params, batch)
 
@@ -224,7 +227,8 @@ def train(model: Model, run: Run, fixed: Mapping[str, float], pools: meta_tasks.
     optimizer = lambda _: sft.optimizer(all_values, run.num_steps, largest_batch=run.batch_size)
     built = metagrad.Problem(inner_loss, inner_loss, optimizer)
     state = metagrad.init(built, None, model.params)
-    return metagrad.run(built, None, state, batches, jax.random.split(key, run.most_steps))[0].params
+    state, _ = metagrad.run(built, None, state, batches, jax.random.split(key, run.most_steps))
+    return sft.adapted(state.params, all_values)
 
   return call
 

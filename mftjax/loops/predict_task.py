@@ -106,7 +106,8 @@ def _check_task(config: ml_collections.ConfigDict, task: ml_collections.ConfigDi
     )
   task = task.copy_and_resolve_references()
   # The run is the meta-learner's in these.
-  task.hyperparameters, task.batch_size, task.micro_batches = config.hyperparameters, config.batch_size, 1
+  task.hyperparameters, task.lora = config.hyperparameters, config.lora
+  task.batch_size, task.micro_batches = config.batch_size, 1
   task.learner.kind, task.meta.unroll_length = "direct", 1
   try:
     config_lib.check(task)
@@ -143,7 +144,7 @@ def _recipe(
   num_steps = config_lib.num_steps(task, round(values["batch_size"]))
   found = recipe_lib.default(
     case.sources,
-    {**values, "num_steps": num_steps},
+    {**values, "num_steps": num_steps, **predict.adapter(config, values)},
     task=task.task,
     model=case.kept.model_path,
     predicted=predicted,

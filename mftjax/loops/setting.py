@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import errors, features, metagrad, models, objectives, sft, spaces, types
+from mftjax import features, metagrad, models, objectives, sft, spaces, types
 from mftjax.data import family_pools, meta_tasks, tokens
 from mftjax.loops import many_tasks
 from mftjax.loops import task as task_lib
@@ -121,13 +121,7 @@ def build(config: ml_collections.ConfigDict) -> Setting:
   """Makes or trains the base model, and measures what single-task tuning gains on each suite.
 
   All of it is made anew from the config's seed, in about a minute with the small models that it trains itself.
-
-  Raises:
-    InputError: hyperparameters of LoRA, which a run of all parameters cannot learn.
   """
-  for name in ("lora_rank", "lora_scale"):
-    if name in config_lib.space(config).spaces:
-      raise errors.InputError(f"config.hyperparameters.{name} cannot be learned with config.learner.kind = 'meta' yet.")
   decoder, tokenizer = task_lib.load_model(config)
   pools = _pools(config, tokenizer)
   if not config.model.path and not config.tasks.folders:
