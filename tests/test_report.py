@@ -257,7 +257,8 @@ def test_the_page_of_a_transfer(tmp_path):
     "base width, width rule",
   ):
     assert label in drawn, label
-  assert len(re.findall(r'<g id="ytick_\d+">(?:(?!</g>\s*<g id="ytick)[\s\S])*?<text', drawn)) > 2  # with their numbers
+  ticks = re.findall(r'<g id="ytick_\d+">(?:(?!</g>\s*<g id="ytick)[\s\S])*?<text', drawn)
+  assert len(ticks) >= 2  # a span below a decade has numbers too
   assert "improvement on validation rows" in _svg(page, "Improvement over the learning rate at each width")
   assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
 
