@@ -204,3 +204,88 @@ def test_no_comparison_or_a_damaged_one(tmp_path):
   with pytest.raises(InputError, match="it lacks 'low'"):
     report.write_comparison(tmp_path)
   assert not (tmp_path / "compare.html").exists()
+
+
+def _transfer():
+  def row(name, way, rate, hidden):
+    interval = [0.8 * rate, 1.25 * rate]
+    figures = {"ratio": 1.5, "ratio_interval": [1.0, 2.0], "improvement": 0.625, "low": 0.5, "high": 0.75}
+    return {
+      **{"name": name, "way": way, "rate": rate, "rate_interval": interval, "hidden_rate": hidden * rate},
+      **{"hidden_rate_interval": [hidden * end for end in interval], **figures},
+      **{"minus_best": -0.125, "minus_best_interval": [-0.25, 0.0]},
+    }
+
+  def size(width, ways):
+    names = ["predicted", "best of the grid"] + (["predicted at the base width"] if width > 32 else [])
+    grid = {"rates": [1e-3, 2e-3, 4e-3], "improvement": [0.25, 0.5, -30.0], "at_the_end": 0.25}
+    return {
+      **{"width": width, "num_heads": width // 16, "num_parameters": 12345 * width},
+      **{"feature_shift": 0.75, "moved": [[_EVIL, -2.5], ["ability loss", 1.5]]},
+      "grids": dict.fromkeys(ways, grid),
+      "rows": [row(name, way, 3e-3, 32 / width if way == "width rule" else 1) for name in names for way in ways],
+    }
+
+  grids = size(32, ["largest budget", "longer budget"])["grids"]
+  budget = {
+    **{"intercept": 1.0, "exponent": -0.375, "intercept_error": 0.5, "exponent_error": 0.0625, "spread": 0.1},
+    **{"num_tasks": 256, "least_tokens": 8192.0, "most_tokens": 16384.0, "checked_tokens": 32768},
+    **{"observed_exponent": -0.5, "observed_interval": [-0.75, -0.25], "grids": grids},
+    "rows": [row("that, carried by the law", "one rate", 2e-3, 1)],
+  }
+  widths = [size(32, ["one rate"]), size(64, ["one rate", "width rule"])]
+  return {"base_width": 32, "num_tasks": 6, "num_seeds": 2, "widths": widths, "budget": budget}
+
+
+def test_the_page_of_a_transfer(tmp_path):
+  (tmp_path / "transfer.json").write_text(json.dumps(_transfer()))
+  path = report.write_transfer(tmp_path)
+  assert path == tmp_path / "transfer.html"
+  text = path.read_text()
+  page = _Page(text)
+  assert "<script" not in text and _EVIL in page.text
+  shown = ["3.00e-03 (2.40e-03 to 3.75e-03)", "1.50e-03", "1.50 (1.00 to 2.00)", "0.625 (0.500 to 0.750)"]
+  shown += ["-0.125 (-0.250 to +0.000)", "tokens^-0.375 ± 0.062", "tokens^-0.500 (-0.750 to -0.250)", "32,768 tokens"]
+  shown += ["790,080 parameters, 4 heads", "0.75 spreads", "(-2.5)", "for 25 % of the tasks", "256 meta-training tasks"]
+  for words in shown:
+    assert words in page.text, words
+  drawn = _svg(page, "Predicted and best learning rate over width")
+  for label in (
+    "predicted, one rate",
+    "predicted, width rule",
+    "best of the grid, width rule",
+    "base width, width rule",
+  ):
+    assert label in drawn, label
+  ticks = re.findall(r'<g id="ytick_\d+">(?:(?!</g>\s*<g id="ytick)[\s\S])*?<text', drawn)
+  assert len(ticks) >= 2  # a span below a decade has numbers too
+  assert "improvement on validation rows" in _svg(page, "Improvement over the learning rate at each width")
+  assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
+
+  output = io.StringIO()
+  for table in report.transfer_tables(_transfer()):
+    rich.console.Console(file=output, width=80).print(table)
+  for words in ("6 unseen tasks", "width 64; features 0.75", "1.50e", "-0.125 (-0.250 to +0.000)", "tokens^-0.375"):
+    assert words in output.getvalue(), words
+
+
+def test_a_law_without_errors_and_one_width_make_a_page(tmp_path):
+  found = _transfer()
+  found["budget"]["exponent_error"], found["widths"] = None, found["widths"][:1]
+  (tmp_path / "transfer.json").write_text(json.dumps(found))
+  assert "tokens^-0.375, without an error" in _Page(report.write_transfer(tmp_path).read_text()).text
+
+
+def test_no_transfer_or_a_damaged_one(tmp_path):
+  with pytest.raises(InputError, match=r"run experiments\.transfer"):
+    report.write_transfer(tmp_path)
+  for damaged, lacks in (
+    (lambda found: found["widths"][0].pop("grids"), "grids"),
+    (lambda f: f.pop("budget"), "budget"),
+  ):
+    found = _transfer()
+    damaged(found)
+    (tmp_path / "transfer.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=f"it lacks '{lacks}'"):
+      report.write_transfer(tmp_path)
+  assert not (tmp_path / "transfer.html").exists()

@@ -40,6 +40,7 @@ def test_hidden_matrices_alone_take_the_rate_of_the_width():
   assert all(after[name] == pytest.approx(before[name]) for name in before.keys() - quarter)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
   st.floats(-3, 3),
   st.floats(-12, 2),

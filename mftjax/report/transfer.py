@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -37,9 +37,9 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
       "columns": _COLUMNS,
       "cells": _cells,
       "law": _law(found["budget"]),
-      "rates": page.plot(lambda axes: _rates(axes, found)),
-      "gains": page.plot(lambda axes: _gains(axes, found)),
-      "curves": page.plot(lambda axes: _curves(axes, curves)),
+      "rates": page.plot(lambda axes: _rates(axes, found), height=4.2),
+      "gains": page.plot(lambda axes: _gains(axes, found), height=4.2),
+      "curves": page.plot(lambda axes: _curves(axes, curves), height=4.2),
       "longer": page.plot(lambda axes: _curves(axes, found["budget"]["grids"])),
     }
     return page.write(folder / "transfer.html", f"{folder.resolve().name}: transfer", _BODY, values)
@@ -48,23 +48,24 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def tables(found: Mapping[str, Any]) -> list[rich.console.RenderableType]:
-  """A transfer for the terminal: a table of the widths, the law, a table of the longer run."""
+  """A transfer for the terminal: a table of each width, the law, a table of the longer run."""
   about = f"{found['num_tasks']} unseen tasks, {found['num_seeds']} seeds; meta-trained at width {found['base_width']}"
-  widths = rich.table.Table("width", "recipe", *(_right(name) for name in _COLUMNS), title=about)
+  shown: list[rich.console.RenderableType] = [rich.text.Text(about)]
   for entry in found["widths"]:
-    for row in entry["rows"]:
-      widths.add_row(str(entry["width"]), rich.text.Text(f"{row['name']}, {row['way']}"), *_cells(row))
-    shift = f"features lie {entry['feature_shift']:.2f} spreads from those trained on"
-    widths.add_row("", rich.text.Text(shift, style="italic"), end_section=True)
-  longer = rich.table.Table("recipe", *(_right(name) for name in _COLUMNS if "hidden" not in name))
-  for row in found["budget"]["rows"]:
-    cells = [cell for name, cell in zip(_COLUMNS, _cells(row), strict=True) if "hidden" not in name]
-    longer.add_row(rich.text.Text(row["name"]), *cells)
-  return [widths, rich.text.Text(_law(found["budget"])), longer]
+    shift = f"features {entry['feature_shift']:.2f} spreads from those trained on"
+    shown.append(_table(f"width {entry['width']}; {shift}", entry["rows"]))
+  return [*shown, rich.text.Text(_law(found["budget"])), _table("the longer run", found["budget"]["rows"])]
 
 
-def _right(name: str) -> rich.table.Column:
-  return rich.table.Column(name, justify="right")
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+  """Narrow enough for a terminal: of the intervals the last one alone."""
+  table, is_plain = rich.table.Table("recipe", title=title), len({row["way"] for row in rows}) == 1
+  for name in ("rate", "to best", "improved", "minus best"):
+    table.add_column(name, justify="right", no_wrap=True)
+  for row in rows:
+    figures = f"{row['rate']:.2e}", f"{row['ratio']:.2f}", f"{row['improvement']:.3f}", _cells(row)[-1]
+    table.add_row(rich.text.Text(row["name"] if is_plain else f"{row['name']}, {row['way']}"), *figures)
+  return table
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -81,11 +82,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _law(budget: Mapping[str, Any]) -> str:
   """The law over the budget in a sentence, beside what the best rates say of it."""
-  error = f" ± {budget['exponent_error']:.3f}" if page.is_finite(budget["exponent_error"]) else ""
+  is_known = page.is_finite(budget["exponent_error"])
+  error = f" ± {budget['exponent_error']:.3f} (standard error)" if is_known else ", without an error"
   low, high = budget["observed_interval"]
   return (
     f"Predicted learning rates over {budget['num_tasks']} meta-training tasks of {budget['least_tokens']:,.0f} to "
-    f"{budget['most_tokens']:,.0f} tokens: proportional to tokens^{budget['exponent']:.3f}{error} (standard error). "
+    f"{budget['most_tokens']:,.0f} tokens: proportional to tokens^{budget['exponent']:.3f}{error}. "
     f"Best rates on unseen tasks, from the largest budget to {budget['checked_tokens']:,.0f} tokens: "
     f"tokens^{budget['observed_exponent']:.3f} ({low:.3f} to {high:.3f})."
   )
@@ -122,7 +124,7 @@ def _over_width(axes: Any, found: Mapping[str, Any], value: str, ends: Any) -> N
   widths = [entry["width"] for entry in found["widths"]]
   axes.set_xscale("log", base=2)
   axes.set_xticks(widths, [str(width) for width in widths])
-  axes.minorticks_off()
+  axes.xaxis.minorticks_off()
   axes.set_xlabel("width of the base model")
   _legend(axes)
 
@@ -154,7 +156,8 @@ def _curves(axes: Any, grids: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _legend(axes: Any) -> None:
-  axes.legend(frameon=False, labelcolor=page.INK, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+  """Below the axes, where it covers no line."""
+  axes.legend(frameon=False, labelcolor=page.INK, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=2)
 
 
 _BODY = """
