@@ -124,7 +124,7 @@ def test_a_law_that_holds_beyond_the_budgets_that_it_was_fitted_on(planned):
   found = transfer.of_budget(run, setting, tasks, law)
   rows = {name: row for (name, _), row in rows_of(found).items()}
   assert found["checked_tokens"] == 2 * most and found["exponent"] == pytest.approx(-0.5)
-  for name in ("that, carried by the law", "the law alone"):
+  for name in ("carried by the law", "the law alone"):
     assert rows[name]["improvement"] == pytest.approx(1.0, abs=1e-5)
     assert rows[name]["rate"] == pytest.approx(BEST * 2**-0.5)
   worse = 1 - (0.5 * math.log(2)) ** 2 / 2

@@ -231,7 +231,7 @@ def _transfer():
     **{"intercept": 1.0, "exponent": -0.375, "intercept_error": 0.5, "exponent_error": 0.0625, "spread": 0.1},
     **{"num_tasks": 256, "least_tokens": 8192.0, "most_tokens": 16384.0, "checked_tokens": 32768},
     **{"observed_exponent": -0.5, "observed_interval": [-0.75, -0.25], "grids": grids},
-    "rows": [row("that, carried by the law", "one rate", 2e-3, 1)],
+    "rows": [row("carried by the law", "one rate", 2e-3, 1)],
   }
   widths = [size(32, ["one rate"]), size(64, ["one rate", "width rule"])]
   return {"base_width": 32, "num_tasks": 6, "num_seeds": 2, "widths": widths, "budget": budget}
@@ -265,7 +265,7 @@ def test_the_page_of_a_transfer(tmp_path):
   output = io.StringIO()
   for table in report.transfer_tables(_transfer()):
     rich.console.Console(file=output, width=80).print(table)
-  for words in ("6 unseen tasks", "width 64; features 0.75", "1.50e", "-0.125 (-0.250 to +0.000)", "tokens^-0.375"):
+  for words in ("6 unseen tasks", "width 64; features 0.75", "1.5e-03", "-0.125 (-0.250 to +0.000)", "tokens^-0.375"):
     assert words in output.getvalue(), words
 
 

@@ -228,7 +228,7 @@ def of_budget(
   carried = transfer_lib.to_budget(law, at_most.values["learning_rate"], most, longest)
   choices = [
     ("predicted at the largest budget", ONE_RATE, at_most),
-    ("that, carried by the law", ONE_RATE, at_most.at(carried)),
+    ("carried by the law", ONE_RATE, at_most.at(carried)),
     ("the law alone", ONE_RATE, at_most.at(transfer_lib.rate_at(law, longest))),
     ("predicted at the longer budget", ONE_RATE, at_longest),
     ("best of the grid", ONE_RATE, at_most.at(np.repeat(after.best, run.num_seeds))),

@@ -58,12 +58,12 @@ def tables(found: Mapping[str, Any]) -> list[rich.console.RenderableType]:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-  """Narrow enough for a terminal: of the intervals the last one alone."""
+  """Narrow enough for a terminal: the rate of hidden matrices alone, and of the intervals the last one."""
   table, is_plain = rich.table.Table("recipe", title=title), len({row["way"] for row in rows}) == 1
-  for name in ("rate", "to best", "improved", "minus best"):
+  for name in ("rate", "ratio", "improved", "minus best"):
     table.add_column(name, justify="right", no_wrap=True)
   for row in rows:
-    figures = f"{row['rate']:.2e}", f"{row['ratio']:.2f}", f"{row['improvement']:.3f}", _cells(row)[-1]
+    figures = f"{row['hidden_rate']:.1e}", f"{row['ratio']:.2f}", f"{row['improvement']:.3f}", _cells(row)[-1]
     table.add_row(rich.text.Text(row["name"] if is_plain else f"{row['name']}, {row['way']}"), *figures)
   return table
 
