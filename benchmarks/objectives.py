@@ -151,10 +151,9 @@ def descend(
   def step(recipe, case, seed, number):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), number), seed)
     _, grad, losses, is_finite = differentiate(recipe, case.task, objective(config, case), key)
-    factor = jnp.minimum(1.0, setting.clip_norm / jnp.maximum(optax.global_norm(grad), 1e-12))
     updated = outer_objective.update(config, case.objective, jax.lax.stop_gradient(losses))
     state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, case.objective)
-    return jax.tree.map(lambda g: factor * g, grad), state, losses
+    return many_tasks.clipped(grad, setting.clip_norm), state, losses
 
   optimizer = refine.optimizer(num_steps, RATE)
   recipe = compare.default_recipes(config, setting, len(seeds))

@@ -3,7 +3,7 @@
 python -m experiments.compare --config=configs/compare.py:small --workdir=runs/compare
 python -m experiments.compare --config=configs/compare.py:smollm2 --workdir=runs/compare_smollm2
 
-`small`: procedural tasks with a tiny model, about half an hour on 2 CPU cores. Codes of three disjoint families make
+`small`: procedural tasks with a tiny model, 25 minutes on 2 CPU cores. Codes of three disjoint families make
 the tasks: to meta-train on, to calibrate with, and unseen ones to compare on. `tiny` only shows that it runs.
 `smollm2`: tasks of 15 families of real data with SmolLM2-135M-Instruct and LoRA, about 70 minutes and 4 GiB
 on 2 CPU cores (reckoned from its measured parts). The model and the data are those of configs/smollm2.py.
@@ -40,12 +40,12 @@ def get_config(variant="small"):
   config.tasks.base_steps = 4000
   config.tasks.validation_rows = 64
   config.tasks.num_validation = 128
-  config.meta.outer_steps = 150
+  config.meta.outer_steps = 100
   config.learner.learning_rate = 5e-3
   config.learner.tasks_per_step = 16
-  config.compare.constant_tasks = 40
+  config.compare.constant_tasks = 20
   config.compare.coverage_tasks = 100
-  config.compare.direct_steps = 24
+  config.compare.direct_steps = 32
   config.checkpoint_every = 50
   if variant == "tiny":
     config.budget_tokens = 8 * 8 * 32

@@ -292,7 +292,4 @@ def _spread(rows: tokens.Rows, num_rows: int) -> tokens.Rows:
   """At most `num_rows` rows, from the whole: a file may be in some order."""
   if len(rows.tokens) <= num_rows:
     return rows
-  index = np.arange(num_rows) * len(rows.tokens) // num_rows
-  return tokens.Rows(
-    rows.tokens[index], rows.loss_mask[index], rows.segment_ids[index], rows.positions[index], rows.truncated
-  )
+  return rows.take(np.arange(num_rows) * len(rows.tokens) // num_rows)

@@ -25,6 +25,11 @@ class Rows:
   positions: np.ndarray  # [num_rows, length] int32, restarts at 0 with each segment
   truncated: int  # examples that were longer than a row and were cut
 
+  def take(self, index: np.ndarray | slice) -> "Rows":
+    """These rows; `truncated` stays that of all."""
+    fields = self.tokens, self.loss_mask, self.segment_ids, self.positions
+    return Rows(*(field[index] for field in fields), self.truncated)
+
 
 def char_tokenizer() -> transformers.PreTrainedTokenizerFast:
   """A tokenizer with one token a character: printable ASCII and newline, others become `<unk>`.

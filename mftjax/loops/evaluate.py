@@ -66,14 +66,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     losses, matches = {}, {}
     for ability, found in examples.items():
       packed = tokens.pack([tokens.tokenize(e, model_tokenizer) for e in found], config.length, config.truncate_side)
-      part = tokens.Rows(
-        packed.tokens[: limits.num_rows],
-        packed.loss_mask[: limits.num_rows],
-        packed.segment_ids[: limits.num_rows],
-        packed.positions[: limits.num_rows],
-        packed.truncated,
-      )
-      losses[ability] = mean_loss(model, part, config.batch_size)
+      losses[ability] = mean_loss(model, packed.take(slice(limits.num_rows)), config.batch_size)
       if limits.num_generated:
         matches[ability] = exact_match(model, model_tokenizer, found[: limits.num_generated], limits.max_new_tokens)
     counted = [value for value in matches.values() if value is not None]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from flax import nnx
 
 from mftjax import metagrad, models, sft, spaces, types
@@ -200,6 +201,12 @@ def value_and_grad(
     return out.loss, grad, out.metrics["aux"], out.metrics["is_finite"]
 
   return call
+
+
+def clipped(grad: Any, norm: float) -> Any:
+  """Of one task, at most this global norm: one unstable run must not rule the others."""
+  factor = jnp.minimum(1.0, norm / jnp.maximum(optax.global_norm(grad), 1e-12))
+  return jax.tree.map(lambda g: factor * g, grad)
 
 
 def train(model: Model, run: Run, fixed: Mapping[str, float], pools: meta_tasks.Pools) -> Callable:

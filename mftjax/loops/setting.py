@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from flax import nnx
 
 from mftjax import config as config_lib
@@ -79,10 +78,7 @@ class Setting:
 
   @functools.cached_property
   def gradients(self) -> Callable:
-    """`(recipes, tasks, keys) -> (objective, gradient, ability losses, is_finite)`, each gradient clipped.
-
-    Clipping by task keeps one unstable run from ruling the others.
-    """
+    """`(recipes, tasks, keys) -> (objective, gradient, ability losses, is_finite)`, each gradient clipped."""
 
     def build(model):
       differentiate = many_tasks.value_and_grad(model, self.run, self.space, self.fixed, self.pools, self.method)
@@ -90,8 +86,7 @@ class Setting:
       def one(recipe, task, key):
         objective = build_objective(task_scale(self.scale["validation"], task), task.ability_weight, self.objective)
         loss, grad, losses, is_finite = differentiate(recipe, task, objective, key)
-        factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(optax.global_norm(grad), 1e-12))
-        return loss, jax.tree.map(lambda g: factor * g, grad), losses, is_finite
+        return loss, many_tasks.clipped(grad, self.clip_norm), losses, is_finite
 
       return one
 
