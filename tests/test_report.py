@@ -197,6 +197,17 @@ def test_the_page_of_a_comparison(tmp_path):
   assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
 
 
+def test_a_comparison_fits_a_terminal():
+  found, output = _comparison(), io.StringIO()
+  found["rows"][0]["name"] = "proportional, default"
+  for table in report.comparison_tables(found):
+    rich.console.Console(file=output, width=80).print(table)
+  text = output.getvalue()
+  assert "…" not in text and "proportional, default" in text
+  for words in ("20 unseen tasks", "0.875 (-0.500 to 0.750)", "50.00", "0.125"):
+    assert words in text, words
+
+
 def test_no_comparison_or_a_damaged_one(tmp_path):
   with pytest.raises(InputError, match=r"run experiments\.compare"):
     report.write_comparison(tmp_path)

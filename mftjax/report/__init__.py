@@ -1,5 +1,6 @@
 """A run's results as HTML pages that need nothing else, and as tables for the terminal."""
 
+from mftjax.report.comparison import tables as comparison_tables
 from mftjax.report.comparison import write as write_comparison
 from mftjax.report.run import table, write
 from mftjax.report.task import tables as task_tables
@@ -7,4 +8,13 @@ from mftjax.report.task import write as write_task
 from mftjax.report.transfer import tables as transfer_tables
 from mftjax.report.transfer import write as write_transfer
 
-__all__ = ["table", "task_tables", "transfer_tables", "write", "write_comparison", "write_task", "write_transfer"]
+__all__ = [
+  "comparison_tables",
+  "table",
+  "task_tables",
+  "transfer_tables",
+  "write",
+  "write_comparison",
+  "write_task",
+  "write_transfer",
+]

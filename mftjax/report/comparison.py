@@ -1,8 +1,12 @@
-"""The page of a comparison: every method's improvement with its interval, and what it took."""
+"""The page and the tables of a comparison: every method's improvement with its interval, and what it took."""
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
+
+import rich.table
+import rich.text
 
 from mftjax.errors import InputError
 from mftjax.report import page
@@ -27,6 +31,24 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
     return page.write(folder / "compare.html", f"{folder.resolve().name}: comparison", _BODY, values)
   except (KeyError, TypeError) as error:
     raise InputError(f"{folder / 'compare.json'}: not a comparison, it lacks {error}.") from error
+
+
+def tables(found: Mapping[str, Any]) -> list[rich.table.Table]:
+  """A comparison for the terminal, 80 characters wide: what the methods reach, and what they take and choose."""
+  gains = _table(f"{found['num_tasks']} unseen tasks, {found['num_seeds']} seeds", "improvement", "minus TPE")
+  costs = _table("before the final run, and mixtures", "runs", "on corrupted", "TV to planted")
+  for row in found["rows"]:
+    name = rich.text.Text(row["name"])
+    gains.add_row(name, f"{row['improvement']:.3f} ({row['low']:.3f} to {row['high']:.3f})", _over_tpe(row))
+    costs.add_row(name, _number(row["runs"], "%.2f"), _number(row["corrupted"]), _number(row["planted_tv"]))
+  return [gains, costs]
+
+
+def _table(title: str, *names: str) -> rich.table.Table:
+  table = rich.table.Table("method", title=title)
+  for name in names:
+    table.add_column(name, justify="right", no_wrap=True)
+  return table
 
 
 def _dots(axes: Any, rows: list[dict[str, Any]]) -> None:
