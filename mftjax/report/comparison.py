@@ -22,9 +22,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
     InputError: there is none, or it is damaged.
   """
   folder = pathlib.Path(workdir)
-  found = page.read_object(folder / "compare.json")
-  if found is None:
-    raise InputError(f"{folder / 'compare.json'} does not exist: run experiments.compare there first.")
+  found = page.need_object(folder / "compare.json", "run experiments.compare there first")
   try:
     image = page.plot(lambda axes: _dots(axes, found["rows"]), height=1.2 + 0.34 * len(found["rows"]), width=8.4)
     values = {"found": found, "image": image, "number": _number, "over_tpe": _over_tpe}

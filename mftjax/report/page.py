@@ -81,6 +81,14 @@ def read_object(path: pathlib.Path) -> dict[str, Any] | None:
   return value
 
 
+def need_object(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
+  """As `read_object`, but a file that is not there is an InputError too; `otherwise` says how to come by it."""
+  found = read_object(path)
+  if found is None:
+    raise InputError(f"{path} does not exist: {otherwise}.")
+  return found
+
+
 def is_finite(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -25,9 +25,8 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path:
     InputError: one of them is missing or damaged.
   """
   place = pathlib.Path(folder)
-  found, shown = recipe.load(place / "recipe.json"), page.read_object(place / "prediction.json")
-  if shown is None:
-    raise InputError(f"{place / 'prediction.json'} does not exist: run experiments.predict with --task again.")
+  found = recipe.load(place / "recipe.json")
+  shown = page.need_object(place / "prediction.json", "run experiments.predict with --task again")
   try:
     front = shown["front"]
     values = {

@@ -25,9 +25,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
     InputError: there is none, or it is damaged.
   """
   folder = pathlib.Path(workdir)
-  found = page.read_object(folder / "transfer.json")
-  if found is None:
-    raise InputError(f"{folder / 'transfer.json'} does not exist: run experiments.transfer there first.")
+  found = page.need_object(folder / "transfer.json", "run experiments.transfer there first")
   try:
     curves = {
       f"width {entry['width']}, {way}": grid for entry in found["widths"] for way, grid in entry["grids"].items()
