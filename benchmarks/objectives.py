@@ -54,11 +54,15 @@ class Case:
   objective: outer_objective.ObjectiveState  # of `retention`
 
 
-def get_config(variant: str = "small", learning_rate: float | None = None) -> ml_collections.ConfigDict:
+def get_config(
+  variant: str = "small", learning_rate: float | None = None, uniform_fraction: float | None = None
+) -> ml_collections.ConfigDict:
   """The setting, and `retention` for two abilities and a third that is to be kept."""
   config = compare_config.get_config(variant)
   if learning_rate is not None:
     config.hyperparameters.learning_rate.value = learning_rate
+  if uniform_fraction is not None:
+    config.meta.uniform_fraction = uniform_fraction
   config.objective.name = "retention"
   config.objective.penalty = config.objective.step_size = 5.0
   config.abilities = ml_collections.ConfigDict({"a": {"weight": 0.5}, "b": {"weight": 0.5}, "kept": {"weight": 0.0}})
@@ -258,11 +262,12 @@ def main():
   parser.add_argument("--seeds", type=int, default=8, help="runs that each recipe is judged by")
   parser.add_argument("--tolerance", type=float, default=0.05, help="nats that a kept ability may lose")
   parser.add_argument("--learning_rate", type=float, help="hold the hyperparameters, with this learning rate")
+  parser.add_argument("--uniform_fraction", type=float, help="as meta.uniform_fraction, which is the default")
   parser.add_argument("--json", help="file to write the figures to")
   arguments = parser.parse_args()
   start = time.perf_counter()
   held = arguments.learning_rate
-  config = get_config(learning_rate=held)
+  config = get_config(learning_rate=held, uniform_fraction=arguments.uniform_fraction)
   found = run(config, arguments.tasks, arguments.steps, arguments.seeds, arguments.tolerance, is_held=held is not None)
   row = found["worst"]
   interval = lambda row: f"({row['low']:.3f} to {row['high']:.3f})"

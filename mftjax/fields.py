@@ -119,6 +119,11 @@ FIELDS: dict[str, Field] = {
     "direct", "direct: one task's own recipe; meta: a network that predicts it", **_one_of("direct", "meta")
   ),
   "learner.width": Field(48, "width of the meta-learner's hidden layers", **_at_least(1)),
+  "learner.sharpness": Field(
+    4.0,
+    "log-odds of a source per nat that it gains from training on an ability, from which the mixtures start",
+    **_above(0),
+  ),
   "learner.learning_rate": Field(1e-3, "of the outer Adam, on the meta-learner", **_above(0)),
   "learner.outcome_weight": Field(0.1, "of the outcome head's likelihood beside the meta-gradient", **_at_least(0)),
   "learner.tasks_per_step": Field(8, "meta-tasks in an outer step", **_at_least(1)),

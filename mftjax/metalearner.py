@@ -12,7 +12,6 @@ from flax import nnx
 from mftjax import errors, features, sft
 
 _NEVER = -1e9  # logit of what is absent; finite, so that its gradient is 0
-_SHARPNESS = 4.0  # per nat, of what an ability wants, where it starts from
 _SMALLEST_MATCH = 1e-3  # weights of gradient matching below this count as this
 # Of the hyperparameters' heads. Past the best learning rate the meta-gradient is mostly noise, in which a step of
 # Adam's size, which all weights of a head take together, walks on to the bound.
@@ -53,20 +52,27 @@ class MetaLearner(nnx.Module):
     initial: unconstrained values of the hyperparameters it predicts, as of `Space.init`; where it starts from.
     shared: names that get one value for all tasks, not one conditioned on the task.
     width: of its hidden layers.
+    sharpness: log-odds per nat of likelihood gained that an ability's wish starts from, > 0.
     rngs: its `params` stream draws the weights.
 
   Source: Deep Sets (Zaheer et al., 2017), Theorem 2 and Lemma 3.
   """
 
   def __init__(
-    self, initial: Mapping[str, jax.Array], shared: tuple[str, ...] = (), width: int = 48, *, rngs: nnx.Rngs
+    self,
+    initial: Mapping[str, jax.Array],
+    shared: tuple[str, ...] = (),
+    width: int = 48,
+    sharpness: float = 4.0,
+    *,
+    rngs: nnx.Rngs,
   ):
     for name in shared:
       if name not in initial:
         raise errors.unknown_name("shared hyperparameter", name, initial)
     sizes = {name: len(names) for name, names in features.NAMES.items()}
     num_source, num_ability, num_pair = (sizes[name] for name in ("source", "ability", "pair"))
-    self.names = tuple(sorted(initial))
+    self.names, self.sharpness = tuple(sorted(initial)), sharpness
     self.shared = tuple(shared)
     self.mean = nnx.data({name: Normaliser(jnp.zeros(size)) for name, size in sizes.items()})
     self.spread = nnx.data({name: Normaliser(jnp.ones(size)) for name, size in sizes.items()})
@@ -107,7 +113,9 @@ class MetaLearner(nnx.Module):
 
     by_ability = nnx.silu(self.ability_in(ability))  # [abilities, width]
     log_sharpness, log_share = jnp.moveaxis(jnp.asarray(self.share_head(by_ability)), -1, 0)
-    wanted = _SHARPNESS * jnp.exp(log_sharpness) * _likelihood_gain(task) + jnp.asarray(self.pair_head(by_pair))[..., 0]
+    wanted = (
+      self.sharpness * jnp.exp(log_sharpness) * _likelihood_gain(task) + jnp.asarray(self.pair_head(by_pair))[..., 0]
+    )
     wanted = wanted + (self.match_gain[...] * log_match + jnp.asarray(self.mixture_head(each))[:, 0])[:, None]
     wanted = jax.nn.log_softmax(jnp.where(is_source[:, None] > 0, wanted, _NEVER), axis=0)
     log_share = log_share + jnp.log(jnp.where(is_ability > 0, weight, 1.0))

@@ -83,8 +83,9 @@ def test_absent_sources_and_abilities_change_nothing(learner):
   assert jax.nn.softmax(a.mixture_logits)[3:].max() < 1e-6
 
 
-def test_an_untrained_learner_predicts_the_defaults_and_leans_to_matching_and_likelihood():
-  made = metalearner.MetaLearner(SPACE.init(START), rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("sharpness", [4.0, 0.25])
+def test_an_untrained_learner_predicts_the_defaults_and_leans_to_matching_and_likelihood(sharpness):
+  made = metalearner.MetaLearner(SPACE.init(START), sharpness=sharpness, rngs=nnx.Rngs(0))
   task = random_features(3)
   found = made(task)
   values = SPACE.constrain(found.hyperparameters)
@@ -93,7 +94,7 @@ def test_an_untrained_learner_predicts_the_defaults_and_leans_to_matching_and_li
     task.source[:, features.SOURCE_FEATURES.index("loss")],
     task.pair[:, :3, features.PAIR_FEATURES.index("loss_after")],  # of the abilities that are there
   )
-  logits = 0.5 * np.log(np.maximum(task.match, 1e-3))[:, None] + 4.0 * (before[:, None] - after)
+  logits = 0.5 * np.log(np.maximum(task.match, 1e-3))[:, None] + sharpness * (before[:, None] - after)
   wanted = scipy.special.softmax(logits, axis=0)  # by each ability
   np.testing.assert_allclose(np.exp(found.mixture_logits), wanted @ task.ability_weight[:3], rtol=1e-4)
 

@@ -152,7 +152,10 @@ def weights_digest(model: many_tasks.Model) -> str:
 def build(config: ml_collections.ConfigDict) -> metalearner.MetaLearner:
   """An untrained meta-learner by the config."""
   initial = config_lib.space(config).init(config_lib.initial_hyperparameters(config))
-  return metalearner.MetaLearner(initial, config_lib.shared(config), config.learner.width, rngs=nnx.Rngs(config.seed))
+  asked = config.learner
+  return metalearner.MetaLearner(
+    initial, config_lib.shared(config), asked.width, asked.sharpness, rngs=nnx.Rngs(config.seed)
+  )
 
 
 def _names(pools: meta_tasks.Pools, tasks: meta_tasks.MetaTask) -> dict[str, np.ndarray]:
