@@ -27,8 +27,9 @@ class Rows:
 
   def take(self, index: np.ndarray | slice) -> "Rows":
     """These rows; `truncated` stays that of all."""
-    fields = self.tokens, self.loss_mask, self.segment_ids, self.positions
-    return Rows(*(field[index] for field in fields), self.truncated)
+    return Rows(
+      self.tokens[index], self.loss_mask[index], self.segment_ids[index], self.positions[index], self.truncated
+    )
 
 
 def char_tokenizer() -> transformers.PreTrainedTokenizerFast:
