@@ -1,6 +1,7 @@
 """Whether `worst` and `retention` do what they say, on unseen tasks, against the plain mean.
 
-python -m benchmarks.objectives [--tasks=20] [--steps=16] [--seeds=8] [--learning_rate=5e-3] [--json=FILE]
+python -m benchmarks.objectives [--tasks=20] [--steps=16] [--seeds=8] [--learning_rate=5e-3]
+  [--uniform_fraction=0.5] [--json=FILE]
 
 The setting is that of configs/compare.py:small. With `--learning_rate` the hyperparameters are held, with this learning
 rate, and recipes differ in their mixture alone: that tells apart what the objective and what an unstable run does. Each

@@ -5,7 +5,7 @@ python -m experiments.compare --config=configs/compare.py:smollm2 --workdir=runs
 
 `small`: procedural tasks with a tiny model, 22 minutes on 2 CPU cores. Codes of three disjoint families make
 the tasks: to meta-train on, to calibrate with, and unseen ones to compare on. `tiny` only shows that it runs.
-`smollm2`: tasks of 15 families of real data with SmolLM2-135M-Instruct and LoRA, about 45 minutes and 4 GiB
+`smollm2`: tasks of 15 families of real data with SmolLM2-135M-Instruct and LoRA, about an hour and 4 GiB
 on 2 CPU cores. The model and the data are those of configs/smollm2.py.
 """
 

@@ -113,9 +113,8 @@ class MetaLearner(nnx.Module):
 
     by_ability = nnx.silu(self.ability_in(ability))  # [abilities, width]
     log_sharpness, log_share = jnp.moveaxis(jnp.asarray(self.share_head(by_ability)), -1, 0)
-    wanted = (
-      self.sharpness * jnp.exp(log_sharpness) * _likelihood_gain(task) + jnp.asarray(self.pair_head(by_pair))[..., 0]
-    )
+    wanted = self.sharpness * jnp.exp(log_sharpness) * _likelihood_gain(task)
+    wanted = wanted + jnp.asarray(self.pair_head(by_pair))[..., 0]
     wanted = wanted + (self.match_gain[...] * log_match + jnp.asarray(self.mixture_head(each))[:, 0])[:, None]
     wanted = jax.nn.log_softmax(jnp.where(is_source[:, None] > 0, wanted, _NEVER), axis=0)
     log_share = log_share + jnp.log(jnp.where(is_ability > 0, weight, 1.0))

@@ -199,12 +199,12 @@ def test_the_page_of_a_comparison(tmp_path):
 
 def test_a_comparison_fits_a_terminal():
   found, output = _comparison(), io.StringIO()
-  found["rows"][0]["name"] = "proportional, default"
+  found["rows"][0] |= {"name": "proportional, default", "over_tpe": -0.75, "over_tpe_interval": [-0.875, -0.625]}
   for table in report.comparison_tables(found):
     rich.console.Console(file=output, width=80).print(table)
   text = output.getvalue()
   assert "…" not in text and "proportional, default" in text
-  for words in ("20 unseen tasks", "0.875 (-0.500 to 0.750)", "50.00", "0.125"):
+  for words in ("20 unseen tasks", "0.875 (-0.500 to 0.750)", "-0.750 (-0.875 to -0.625)", "50.00", "0.125"):
     assert words in text, words
 
 
