@@ -49,20 +49,16 @@ class Outer:
   num_runs: int  # whole runs with seeds of their own, whose clipped gradients are averaged in a step
 
 
-def restricted(setting: setting_lib.Setting, num_runs: int, is_shared: bool) -> Any:
+def restricted(setting: setting_lib.Setting, is_shared: bool) -> Any:
   """What `refine.descend` asks of a setting, with a gradient in the hyperparameters alone.
 
   Args:
-    num_runs: of each task, whose gradients are averaged.
     is_shared: all tasks are moved by the mean of their gradients.
   """
 
   def gradients(recipes, tasks, keys):
-    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    each = [keys, *(fold(keys, number) for number in range(1, num_runs))]
-    runs = [setting.gradients(recipes, tasks, run_keys) for run_keys in each]
-    loss, grad, losses, is_finite = jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0), *runs)
-    found, is_finite = grad["hyperparameters"], is_finite == 1
+    loss, grad, losses, is_finite = setting.gradients(recipes, tasks, keys)
+    found = grad["hyperparameters"]
     if is_shared:
       found = jax.tree.map(lambda g: jnp.broadcast_to(g.mean(axis=0), g.shape), found)
     return loss, {**grad, "hyperparameters": found, "mixture_logits": 0 * grad["mixture_logits"]}, losses, is_finite
@@ -82,8 +78,9 @@ def learn(
   one = {"hyperparameters": setting.space.init(start), "mixture_logits": jnp.zeros(tasks.source.shape[1])}
   recipes = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), one)
   keys = lambda step: jax.random.split(jax.random.fold_in(jax.random.key(1), step), count)
-  part = restricted(setting, outer.num_runs, is_shared)
-  found, losses = refine.descend(part, tasks, keys, recipes, outer.num_steps, outer.rate, batch_size=count)
+  part = restricted(setting, is_shared)
+  steps = outer.num_steps, outer.rate, outer.num_runs
+  found, losses = refine.descend(part, tasks, keys, recipes, *steps, batch_size=count)
   if not np.isfinite(losses).all():
     print(f"not finite: {(~np.isfinite(losses)).any(axis=-1).sum()} of {losses.shape[0] * count} runs")
   return setting_lib.whole(setting.space, jax.vmap(setting.space.constrain)(found["hyperparameters"]))

@@ -1,7 +1,7 @@
 """Whether `worst` and `retention` do what they say, on unseen tasks, against the plain mean.
 
-python -m benchmarks.objectives [--tasks=20] [--steps=16] [--seeds=8] [--learning_rate=5e-3]
-  [--uniform_fraction=0.5] [--json=FILE]
+python -m benchmarks.objectives [--tasks=20] [--split=unseen] [--steps=16] [--runs=1] [--seeds=8]
+  [--learning_rate=5e-3] [--uniform_fraction=0.5] [--ordinary] [--json=FILE]
 
 The setting is that of configs/compare.py:small. With `--learning_rate` the hyperparameters are held, with this learning
 rate, and recipes differ in their mixture alone: that tells apart what the objective and what an unstable run does. Each
@@ -21,8 +21,9 @@ All recipes of both parts are learned in one program.
 """
 
 import argparse
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.struct
@@ -44,6 +45,16 @@ TEMPERATURE = 0.1  # nats, of `worst`: small beside what abilities differ by, la
 TIE = 1e-3  # nats
 RATE = 0.3  # of the outer Adam, as configs/compare.py has it
 GUARDED = 2  # place of the ability that is to be kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  """How the recipes are learned."""
+
+  num_steps: int
+  num_runs: int = 1  # whole runs with keys of their own, whose clipped gradients are averaged in a step
+  is_held: bool = False  # whether the hyperparameters stay as they are
+  is_ordinary: bool = False  # whether multipliers follow an ordinary run's losses, not those of the differentiated ones
 
 
 @flax.struct.dataclass
@@ -79,16 +90,18 @@ def build_setting(config: ml_collections.ConfigDict) -> setting_lib.Setting:
   return setting_lib.assemble(plain, setting.model, pools, {})
 
 
-def sample(pools: meta_tasks.Pools, num_tasks: int, seed: int, shape: meta_tasks.Shape) -> meta_tasks.MetaTask:
-  """The first `num_tasks` unseen tasks with two abilities or more."""
-  found = meta_tasks.sample(pools, "unseen", 4 * num_tasks, seed, shape)
+def sample(
+  pools: meta_tasks.Pools, num_tasks: int, seed: int, shape: meta_tasks.Shape, split: str
+) -> meta_tasks.MetaTask:
+  """The first `num_tasks` tasks of the split with two abilities or more."""
+  found = meta_tasks.sample(pools, split, 4 * num_tasks, seed, shape)
   places = np.flatnonzero(np.asarray((found.ability_weight > 0).sum(axis=1)) >= 2)[:num_tasks]
   return jax.tree.map(lambda x: x[places], found)
 
 
-def guarded(pools: meta_tasks.Pools, num_tasks: int, seed: int) -> meta_tasks.MetaTask:
+def guarded(pools: meta_tasks.Pools, num_tasks: int, seed: int, split: str) -> meta_tasks.MetaTask:
   """Tasks of two abilities that weigh alike, with a known one of weight 0, `GUARDED`, and a source of it."""
-  tasks = sample(pools, num_tasks, seed, meta_tasks.Shape(max_sources=5, max_abilities=2))
+  tasks = sample(pools, num_tasks, seed, meta_tasks.Shape(max_sources=5, max_abilities=2), split)
   suites = np.random.default_rng(seed).choice(meta_tasks.BASE, num_tasks)
   column = lambda values: jnp.asarray(values)[:, None]
   join = lambda array, values: jnp.concatenate([array, column(values).astype(array.dtype)], axis=1)
@@ -135,51 +148,60 @@ def descend(
   setting: setting_lib.Setting,
   cases: Case,
   seeds: jax.Array,
-  num_steps: int,
-  is_held: bool,
+  outer: Outer,
 ) -> tuple[Any, np.ndarray]:
   """`refine.descend` for cases, whose multipliers are updated after every step by the losses of its runs.
 
   Args:
     seeds: `[num_cases]` int32; cases with the same one see the same data.
-    is_held: whether the hyperparameters stay as they are.
 
   Returns:
     The recipes, and `[num_steps, num_cases, max_abilities]` validation losses of the runs that were differentiated.
   """
   differentiate = many_tasks.value_and_grad(
-    setting.model, setting.run, setting.space, setting.fixed, setting.pools, setting.method
+    setting.model, setting.run, setting.space, setting.fixed, setting.pools, **setting.estimator
   )
 
   @jax.jit
   @jax.vmap
-  def step(recipe, case, seed, number):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), number), seed)
-    _, grad, losses, is_finite = differentiate(recipe, case.task, objective(config, case), key)
-    updated = outer_objective.update(config, case.objective, jax.lax.stop_gradient(losses))
-    state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, case.objective)
-    return many_tasks.clipped(grad, setting.clip_norm), state, losses
+  def differentiated(recipe, case, seed, number):
+    def one_run(key):
+      _, grad, losses, _ = differentiate(recipe, case.task, objective(config, case), key)
+      return many_tasks.clipped(grad, setting.clip_norm), losses
 
-  optimizer = refine.optimizer(num_steps, RATE)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), number), seed)
+    found = jax.vmap(one_run)(jax.random.split(key, outer.num_runs))
+    return jax.tree.map(lambda x: x.mean(axis=0), found)
+
+  @jax.jit
+  @jax.vmap
+  def update(case, losses):
+    updated = outer_objective.update(config, case.objective, losses)
+    return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(losses).all(), new, old), updated, case.objective)
+
+  optimizer = refine.optimizer(outer.num_steps, RATE)
   recipe = compare.default_recipes(config, setting, len(seeds))
   opt_state, seen = optimizer.init(recipe), []
-  for number in range(num_steps):
-    grad, state, losses = many_tasks.in_batches(
-      step, (recipe, cases, seeds, jnp.full(len(seeds), number)), setting.at_once
-    )
-    if is_held:
+  for number in range(outer.num_steps):
+    args = recipe, cases, seeds, jnp.full(len(seeds), number)
+    grad, losses = many_tasks.in_batches(differentiated, args, setting.at_once)
+    if outer.is_held:
       grad = {**grad, "hyperparameters": jax.tree.map(jnp.zeros_like, grad["hyperparameters"])}
+    if outer.is_ordinary:
+      losses = outcomes(setting, "validation", cases.task, recipe, seeds, [2000 + number])[0]
     updates, opt_state = optimizer.update(grad, opt_state)
-    recipe, cases = optax.apply_updates(recipe, updates), cases.replace(objective=state)
+    recipe, cases = optax.apply_updates(recipe, updates), cases.replace(objective=update(cases, jnp.asarray(losses)))
     seen.append(np.asarray(losses))
   return recipe, np.asarray(seen)
 
 
-def outcomes(setting: setting_lib.Setting, tasks: meta_tasks.MetaTask, recipe: Any, seeds: Any, runs: int):
-  """`[num_runs, num_tasks, max_abilities]` test losses after ordinary runs; NaN for absent abilities of padding."""
+def outcomes(
+  setting: setting_lib.Setting, part: str, tasks: meta_tasks.MetaTask, recipe: Any, seeds: Any, runs: Iterable[int]
+) -> np.ndarray:
+  """`[num_runs, num_tasks, max_abilities]` losses after ordinary runs; NaN for absent abilities of padding."""
   values, weights = setting_lib.constrained(setting, recipe, tasks)
-  keys = lambda run: jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(1000 + run), seed))(seeds)
-  return np.stack([np.asarray(setting.outcome("test", values, weights, tasks, keys(run))) for run in range(runs)])
+  keys = lambda run: jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(run), seed))(seeds)
+  return np.stack([np.asarray(setting.outcome(part, values, weights, tasks, keys(run))) for run in runs])
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
@@ -221,21 +243,23 @@ def retention_figures(losses: np.ndarray, base: np.ndarray, tolerance: float) ->
 
 def run(
   config: ml_collections.ConfigDict,
+  setting: setting_lib.Setting,
   num_tasks: int,
-  num_steps: int,
   num_seeds: int,
   tolerance: float,
-  is_held: bool = False,
+  outer: Outer,
+  split: str = "unseen",
 ) -> dict[str, Any]:
   """Both parts; the figures, and the test losses of each task that they come from."""
-  setting = build_setting(config)
   shape = setting_lib.task_shape(config)
-  ordinary, kept = sample(setting.pools, num_tasks, config.seed, shape), guarded(setting.pools, num_tasks, config.seed)
+  ordinary = sample(setting.pools, num_tasks, config.seed, shape, split)
+  kept = guarded(setting.pools, num_tasks, config.seed, split)
   groups = [(ordinary, "mean"), (ordinary, "worst"), (kept, "mean"), (kept, "retention")]
   cases = jax.tree.map(lambda *x: jnp.concatenate(x), *(build_cases(config, setting, *group) for group in groups))
   seeds = jnp.tile(jnp.arange(num_tasks), len(groups))
-  recipe, seen = descend(config, setting, cases, seeds, num_steps, is_held)
-  losses = np.split(outcomes(setting, cases.task, recipe, seeds, num_seeds), len(groups), axis=1)
+  recipe, seen = descend(config, setting, cases, seeds, outer)
+  runs = range(1000, 1000 + num_seeds)
+  losses = np.split(outcomes(setting, "test", cases.task, recipe, seeds, runs), len(groups), axis=1)
   base = np.asarray(base_losses(setting, "test", kept))
   first = worst_against_mean({"mean": losses[0], "worst": losses[1]}, np.asarray(ordinary.ability_weight))
   second = {
@@ -243,7 +267,7 @@ def run(
   }
   return {
     "num_tasks": num_tasks,
-    "num_steps": num_steps,
+    "outer": dataclasses.asdict(outer),
     "num_seeds": num_seeds,
     "not_finite": int((~np.isfinite(seen)).any(axis=-1).sum()),
     "worst": first,
@@ -257,19 +281,24 @@ def run(
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--tasks", type=int, default=20, help="unseen tasks of each part")
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--tasks", type=int, default=20, help="tasks of each part")
+  parser.add_argument("--split", default="unseen", help="of the families that they are made of")
   parser.add_argument("--steps", type=int, default=16, help="meta-gradient steps on each recipe")
+  parser.add_argument("--runs", type=int, default=1, help="runs whose gradients are averaged in such a step")
   parser.add_argument("--seeds", type=int, default=8, help="runs that each recipe is judged by")
   parser.add_argument("--tolerance", type=float, default=0.05, help="nats that a kept ability may lose")
   parser.add_argument("--learning_rate", type=float, help="hold the hyperparameters, with this learning rate")
   parser.add_argument("--uniform_fraction", type=float, help="as meta.uniform_fraction, which is the default")
+  parser.add_argument("--ordinary", action="store_true", help="multipliers follow the losses of ordinary runs")
   parser.add_argument("--json", help="file to write the figures to")
   arguments = parser.parse_args()
   start = time.perf_counter()
   held = arguments.learning_rate
   config = get_config(learning_rate=held, uniform_fraction=arguments.uniform_fraction)
-  found = run(config, arguments.tasks, arguments.steps, arguments.seeds, arguments.tolerance, is_held=held is not None)
+  outer = Outer(arguments.steps, arguments.runs, held is not None, arguments.ordinary)
+  setting = build_setting(config)
+  found = run(config, setting, arguments.tasks, arguments.seeds, arguments.tolerance, outer, arguments.split)
   row = found["worst"]
   interval = lambda row: f"({row['low']:.3f} to {row['high']:.3f})"
   print(f"worst ability's test loss: under worst {row['worst']:.3f}, under mean {row['mean']:.3f}")

@@ -36,6 +36,7 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
   try:
     config, workdir = _parse()
     _use_compilation_cache(config.compilation_cache)
+    jax.config.update("jax_default_matmul_precision", config.model.matmul_precision)
     main(config, workdir)
   except errors.MftError as error:
     print(f"error: {error}", file=sys.stderr)

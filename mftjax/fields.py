@@ -53,6 +53,11 @@ FIELDS: dict[str, Field] = {
   "model.path": Field("", "folder or hub id of the model; empty makes a small random one"),
   "model.gguf_file": Field("", "GGUF file within that folder"),
   "model.dtype": Field("float32", "dtype of the computation", **_one_of("float32", "bfloat16")),
+  "model.matmul_precision": Field(
+    "highest",
+    "of products of f32 matrices on an accelerator; 'default' is faster and rounds inputs to TF32 (GPU) or bf16 (TPU)",
+    **_one_of("highest", "high", "default"),
+  ),
   "model.remat": Field(False, "recompute each layer's activations in the backward pass"),
   "model.attention": Field(
     "full",

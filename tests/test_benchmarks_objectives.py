@@ -16,7 +16,7 @@ def pools():
 
 
 def test_a_kept_ability_has_no_weight_and_a_clean_source(pools):
-  tasks = benchmark.guarded(pools, 5, seed=0)
+  tasks = benchmark.guarded(pools, 5, seed=0, split="unseen")
   for source, mask, ability, weight in zip(
     *map(np.asarray, (tasks.source, tasks.source_mask, tasks.ability, tasks.ability_weight)), strict=True
   ):
@@ -26,7 +26,7 @@ def test_a_kept_ability_has_no_weight_and_a_clean_source(pools):
 
 
 def test_each_kind_of_case_lowers_its_own_objective(pools):
-  config, tasks = benchmark.get_config("tiny"), benchmark.guarded(pools, 1, seed=0)
+  config, tasks = benchmark.get_config("tiny"), benchmark.guarded(pools, 1, seed=0, split="unseen")
   task = jax.tree.map(lambda x: x[0], tasks)
   state = outer_objective.init(config, jnp.asarray([1.0, 1.0, 0.1])).replace(multipliers=jnp.asarray([0.0, 0.0, 2.0]))
   grads = {}

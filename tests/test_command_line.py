@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
 from pages import ROOT, blocks
+
+from mftjax import command as command_lib
+from mftjax import config as config_lib
 
 CONFIG = "tests/tiny_config.py"
 
@@ -237,3 +241,16 @@ def test_help_lists_the_fields_and_exits_0():
   )
   assert done.returncode == 0
   assert "--config.meta.outer_steps=100" in done.stdout and "--recipe" in done.stdout
+
+
+def test_a_command_computes_in_the_precision_of_its_config(monkeypatch):
+  config = config_lib.default()
+  config.compilation_cache, config.model.matmul_precision = "", "high"
+  monkeypatch.setattr(command_lib, "_parse", lambda: (config, None))
+  monkeypatch.setattr(sys, "argv", ["prog"])
+  seen, before = [], jax.config.jax_default_matmul_precision
+  try:
+    command_lib.run(lambda *_: seen.append(jax.config.jax_default_matmul_precision), "")
+  finally:
+    jax.config.update("jax_default_matmul_precision", before)
+  assert seen == ["high"] and config_lib.default().model.matmul_precision == "highest"

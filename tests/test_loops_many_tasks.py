@@ -12,7 +12,7 @@ from flax import nnx
 
 from configs import compare as compare_config
 from mftjax import config as config_lib
-from mftjax import errors, models, sft, spaces
+from mftjax import errors, metagrad, models, sft, spaces
 from mftjax.data import meta_tasks
 from mftjax.loops import many_tasks
 from mftjax.loops import setting as setting_lib
@@ -51,6 +51,22 @@ def setting():
 def task(setting):
   tasks = meta_tasks.sample(setting.pools, "unseen", 1, seed=5)
   return jax.tree.map(lambda x: x[0], tasks).replace(budget=jnp.ones(()))
+
+
+@pytest.mark.parametrize(
+  ("meta", "at_once", "want"),
+  [
+    ({"memory_bytes": 1000}, 5, {"method": "mixed", "memory_bytes": 200}),
+    ({"method": "es"}, 5, {"method": "es"}),
+    ({"recovery": "invert"}, 4, {"method": "mixed", "recovery": "invert", "memory_bytes": 2**29}),
+  ],
+)
+def test_tasks_that_run_at_once_share_the_memory_budget(meta, at_once, want, monkeypatch):
+  monkeypatch.setattr(metagrad.recovery, "device_budget", lambda: 2**31)
+  config = with_learned()
+  config.meta.update(meta)
+  config.tasks.at_once = at_once
+  assert assemble(config).estimator == want
 
 
 def equal(task):

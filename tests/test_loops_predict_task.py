@@ -133,6 +133,27 @@ def test_refining_goes_down_the_gradient():
   assert unmoved is start and len(none) == 0
 
 
+def test_a_step_averages_runs_with_seeds_of_their_own():
+  """What a run gives is drawn by its key alone; Adam's first step shows the sign of the mean."""
+  seen = []
+
+  def gradients(recipes, tasks, keys):
+    drawn = jax.vmap(jax.random.normal)(keys)
+    seen.append(np.asarray(drawn))
+    return None, {"x": jnp.sign(drawn) * 1e3 + drawn}, drawn[:, None], drawn < 10
+
+  keys = lambda step: jax.random.split(jax.random.key(step), 64)
+  fake, start = types.SimpleNamespace(gradients=gradients), {"x": jnp.zeros(64)}
+  found, losses = refine.descend(fake, jnp.zeros(64), keys, start, 1, 0.1, num_runs=3, batch_size=64)
+  assert len(seen) == 3 and len(np.unique(np.round(seen, 6))) == 3 * 64
+  np.testing.assert_allclose(losses[0, :, 0], np.mean(seen, axis=0), rtol=1e-5)
+  mean = np.mean([1e3 * np.sign(drawn) + drawn for drawn in seen], axis=0)
+  np.testing.assert_allclose(found["x"], -0.1 * np.sign(mean), rtol=1e-4)
+  alone, _ = refine.descend(fake, jnp.zeros(64), keys, start, 1, 0.1, batch_size=64)
+  np.testing.assert_array_equal(seen[3], seen[0])  # one run takes the very key
+  assert not np.array_equal(alone["x"], found["x"])
+
+
 def test_preferences_are_a_grid_on_the_simplex():
   np.testing.assert_allclose(explain.preferences(2, 21)[:, 0], np.arange(21) / 20)
   for num_abilities, count in ((3, 21), (4, 20)):

@@ -181,10 +181,14 @@ def value_and_grad(
   fixed: Mapping[str, float],
   pools: meta_tasks.Pools,
   method: str = "mixed",
+  **options: Any,
 ) -> Callable:
   """`(recipe, task, objective, key) -> (loss, grad, ability losses, is_finite)` of one run of the base model.
 
   The run is differentiated over its whole horizon, so nothing is truncated. Where it is not finite, the gradient is 0.
+
+  Args:
+    options: of the method, see `metagrad.value_and_grad`.
   """
 
   def call(recipe, task, objective, key):
@@ -196,7 +200,7 @@ def value_and_grad(
     batches = draw(pools, task, proposal, data_key, run.most_steps, run.batch_size)
     outer = held_out(pools.validation, task, run.validation_rows)
     state = metagrad.init(built, recipe, model.params)
-    out = metagrad.value_and_grad(built, method)(recipe, state, batches, outer, run_key)
+    out = metagrad.value_and_grad(built, method, **options)(recipe, state, batches, outer, run_key)
     grad = jax.tree.map(lambda g: jnp.where(out.metrics["is_finite"], g, 0.0), out.grad)
     return out.loss, grad, out.metrics["aux"], out.metrics["is_finite"]
 

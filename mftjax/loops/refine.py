@@ -24,6 +24,7 @@ def descend(
   start: Any,
   num_steps: int,
   rate: float,
+  num_runs: int = 1,
   batch_size: int | None = None,
 ) -> tuple[Any, np.ndarray]:
   """`num_steps` of Adam on each task's own recipe, along its meta-gradient; the rate falls by a cosine.
@@ -32,18 +33,24 @@ def descend(
     tasks: `[num_tasks, ...]`.
     keys: number of the step -> a key for each task.
     start: recipes `{hyperparameters, mixture_logits}`, unconstrained, `[num_tasks, ...]`.
+    num_runs: runs with seeds of their own, whose clipped gradients are averaged in a step.
     batch_size: tasks that a program runs at once, by default the setting's.
 
   Returns:
     The recipes, and `[num_steps, num_tasks, max_abilities]` validation losses of the runs that were differentiated,
-    nats. Where a run is not finite its gradient counts as 0, and its losses are NaN.
+    nats, means over a step's runs. Where a run is not finite its gradient counts as 0, and the losses are NaN.
   """
-  adam = optimizer(num_steps, rate)
+  adam, fold = optimizer(num_steps, rate), jax.vmap(jax.random.fold_in, in_axes=(0, None))
   recipe, opt_state, seen = start, adam.init(start), []
   for number in range(num_steps):
-    args = (recipe, tasks, keys(number))
-    _, grad, losses, is_finite = many_tasks.in_batches(setting.gradients, args, batch_size or setting.at_once)
-    updates, opt_state = adam.update(grad, opt_state)
+    grads, losses = [], []
+    for run in range(num_runs):
+      args = (recipe, tasks, fold(keys(number), run) if run else keys(number))
+      _, grad, loss, is_finite = many_tasks.in_batches(setting.gradients, args, batch_size or setting.at_once)
+      grads.append(grad)
+      losses.append(np.where(np.asarray(is_finite)[:, None], loss, np.nan))
+    mean_grad = jax.tree.map(lambda *leaves: sum(leaves) / num_runs, *grads)
+    updates, opt_state = adam.update(mean_grad, opt_state)
     recipe = optax.apply_updates(recipe, updates)
-    seen.append(np.where(np.asarray(is_finite)[:, None], losses, np.nan))
+    seen.append(np.mean(losses, axis=0))
   return recipe, np.asarray(seen)

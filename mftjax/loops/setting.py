@@ -42,7 +42,7 @@ class Setting:
   static: jax.Array  # [num_pools, num_static]
   scale: Mapping[str, Scale]  # "validation" and "test", of each held-out pool
   objective: objectives.Objective  # by which recipes are chosen
-  method: str  # of the meta-gradient
+  estimator: Mapping[str, Any]  # the meta-gradient's method and its options
   clip_norm: float  # of each task's meta-gradient
   at_once: int  # tasks that a program runs at once
 
@@ -81,7 +81,7 @@ class Setting:
     """`(recipes, tasks, keys) -> (objective, gradient, ability losses, is_finite)`, each gradient clipped."""
 
     def build(model):
-      differentiate = many_tasks.value_and_grad(model, self.run, self.space, self.fixed, self.pools, self.method)
+      differentiate = many_tasks.value_and_grad(model, self.run, self.space, self.fixed, self.pools, **self.estimator)
 
       def one(recipe, task, key):
         objective = build_objective(task_scale(self.scale["validation"], task), task.ability_weight, self.objective)
@@ -160,8 +160,17 @@ def assemble(
   )
   probe = features.Probe(**config.probe)
   objective = objectives.build(config.objective.name, **config_lib.objective_options(config))
-  outer = objective, config.meta.method, config.meta.clip_norm, config.tasks.at_once
+  outer = objective, _estimator(config), config.meta.clip_norm, config.tasks.at_once
   return Setting(model, run, pools, space, fixed, probe, _static(pools), scale, *outer)
+
+
+def _estimator(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The config's method and options, the memory that an unroll may keep shared by the tasks of a device."""
+  found = {"method": config.meta.method, **config_lib.method_options(config)}
+  if "memory_bytes" in metagrad.method_options(config.meta.method):
+    tasks = -(-config.tasks.at_once // len(jax.local_devices()))
+    found["memory_bytes"] = (config.meta.memory_bytes or metagrad.recovery.device_budget()) // tasks
+  return found
 
 
 def task_shape(config: ml_collections.ConfigDict) -> meta_tasks.Shape:

@@ -90,7 +90,8 @@ def options(given: dict[str, Any]) -> Options:
   return Options(**given)
 
 
-# Fewest operations first, and the exact ones before the one that rounds.
+# Fewest operations first, and the exact ones before the one that rounds. Activations are kept only where they are asked
+# for: reading them back took longer than computing them again on a CPU and on a GPU (docs/results.md).
 _PREFERENCE = (
   ("store", "activations"),
   ("store", "gradients"),
@@ -113,16 +114,16 @@ def choose(
 ) -> Plan:
   """The plan for an unroll of these shapes.
 
-  The first that fits `memory_bytes` (a quarter of the device's memory by default, 2 GiB where it does not say) of:
-  store with activations (exact product, not on a CPU), store with gradients, checkpoint, invert with nothing saved;
-  `recovery` and `save` narrow them down. Says so in the log if none fits, or if an optimiser has no inverse.
+  The first that fits `memory_bytes` (`device_budget()` by default) of: store with gradients, checkpoint, invert with
+  nothing saved; `recovery` and `save` narrow them down. Says so in the log if none fits, or if an optimiser has no
+  inverse.
 
   Raises:
     InputError: `save="activations"` of a product that is not the exact one.
   """
   if options.save == "activations" and product is not products.exact:
     raise errors.InputError("save='activations' goes with the exact product of method 'mixed'; leave it out here.")
-  budget = options.memory_bytes or _device_budget()
+  budget = options.memory_bytes or device_budget()
   window = _Window(problem, product, options, meta_params, state, batches, keys)
   plans = []
   for recovery, save in _PREFERENCE:
@@ -130,7 +131,9 @@ def choose(
       continue
     if options.recovery == options.save == "auto" and (recovery, save) in _NOT_IN_AUTO:
       continue
-    plan = window.plan(recovery, save, budget)
+    if save == "activations" and options.save != save:
+      continue
+    plan = window.plan(recovery, save)
     if plan:
       plans.append(plan)
       if plan.bytes <= budget:
@@ -169,8 +172,8 @@ class _Window:
   def gradient_bytes(self) -> int:
     return _num_bytes(self.state.params)
 
-  def plan(self, recovery: str, save: str, budget: int) -> Plan | None:
-    """One plan, or None where there is none, or none that `auto` should take."""
+  def plan(self, recovery: str, save: str) -> Plan | None:
+    """One plan, or None where there is none."""
     if recovery == "checkpoint":
       return self.checkpoint()
     if recovery == "invert":
@@ -178,10 +181,6 @@ class _Window:
     kept = self.length * (self.state_bytes + (0 if save == "nothing" else self.gradient_bytes))
     if save != "activations":
       return Plan(recovery, save, self.product(self.problem), self.length, kept, offload=self.options.offload)
-    # On a CPU reading activations back takes longer than computing them again (docs/results.md).
-    is_asked_for = self.options.save == save
-    if not is_asked_for and (self.product is not products.exact or jax.default_backend() == "cpu" or kept > budget):
-      return None
     step = jax.tree.map(lambda x: x[0], (self.batches, self.keys))
     product, activation_bytes = products.linearized(self.problem, self.meta_params, self.state.params, *step)
     kept += self.length * activation_bytes
@@ -214,7 +213,8 @@ class _Window:
     return Plan("invert", save, self.product(self.problem), every, kept, inverse, self.options.offload)
 
 
-def _device_budget() -> int:
+def device_budget() -> int:
+  """A quarter of a device's memory, or 2 GiB where it does not say how much it has; bytes."""
   stats = jax.devices()[0].memory_stats() or {}
   return stats["bytes_limit"] // 4 if "bytes_limit" in stats else DEFAULT_MEMORY_BYTES
 
