@@ -57,13 +57,13 @@ def restricted(setting: setting_lib.Setting, is_shared: bool) -> Any:
   """
 
   def gradients(recipes, tasks, keys):
-    loss, grad, losses, is_finite = setting.gradients(recipes, tasks, keys)
+    loss, grad, losses, is_finite = setting.single_gradients(recipes, tasks, keys)
     found = grad["hyperparameters"]
     if is_shared:
       found = jax.tree.map(lambda g: jnp.broadcast_to(g.mean(axis=0), g.shape), found)
     return loss, {**grad, "hyperparameters": found, "mixture_logits": 0 * grad["mixture_logits"]}, losses, is_finite
 
-  return types.SimpleNamespace(gradients=gradients)
+  return types.SimpleNamespace(single_gradients=gradients)
 
 
 def learn(

@@ -1,7 +1,7 @@
 """Whether `worst` and `retention` do what they say, on unseen tasks, against the plain mean.
 
 python -m benchmarks.objectives [--tasks=20] [--split=unseen] [--steps=16] [--runs=1] [--seeds=8]
-  [--learning_rate=5e-3] [--uniform_fraction=0.5] [--ordinary] [--json=FILE]
+  [--learning_rate=5e-3] [--uniform_fraction=0.1] [--ordinary] [--json=FILE]
 
 The setting is that of configs/compare.py:small. With `--learning_rate` the hyperparameters are held, with this learning
 rate, and recipes differ in their mixture alone: that tells apart what the objective and what an unstable run does. Each
@@ -43,7 +43,6 @@ from mftjax.loops import setting as setting_lib
 KINDS = ("mean", "worst", "retention")
 TEMPERATURE = 0.1  # nats, of `worst`: small beside what abilities differ by, large beside the noise of one run's loss
 TIE = 1e-3  # nats
-RATE = 0.3  # of the outer Adam, as configs/compare.py has it
 GUARDED = 2  # place of the ability that is to be kept
 
 
@@ -74,7 +73,7 @@ def get_config(
   if learning_rate is not None:
     config.hyperparameters.learning_rate.value = learning_rate
   if uniform_fraction is not None:
-    config.meta.uniform_fraction = uniform_fraction
+    config.compare.uniform_fraction = uniform_fraction
   config.objective.name = "retention"
   config.objective.penalty = config.objective.step_size = 5.0
   config.abilities = ml_collections.ConfigDict({"a": {"weight": 0.5}, "b": {"weight": 0.5}, "kept": {"weight": 0.0}})
@@ -158,8 +157,9 @@ def descend(
   Returns:
     The recipes, and `[num_steps, num_cases, max_abilities]` validation losses of the runs that were differentiated.
   """
+  run = dataclasses.replace(setting.run, uniform_fraction=setting.single_uniform_fraction)
   differentiate = many_tasks.value_and_grad(
-    setting.model, setting.run, setting.space, setting.fixed, setting.pools, **setting.estimator
+    setting.model, run, setting.space, setting.fixed, setting.pools, **setting.estimator
   )
 
   @jax.jit
@@ -179,7 +179,7 @@ def descend(
     updated = outer_objective.update(config, case.objective, losses)
     return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(losses).all(), new, old), updated, case.objective)
 
-  optimizer = refine.optimizer(outer.num_steps, RATE)
+  optimizer = refine.optimizer(outer.num_steps, config.compare.learning_rate)
   recipe = compare.default_recipes(config, setting, len(seeds))
   opt_state, seen = optimizer.init(recipe), []
   for number in range(outer.num_steps):
@@ -289,7 +289,7 @@ def main():
   parser.add_argument("--seeds", type=int, default=8, help="runs that each recipe is judged by")
   parser.add_argument("--tolerance", type=float, default=0.05, help="nats that a kept ability may lose")
   parser.add_argument("--learning_rate", type=float, help="hold the hyperparameters, with this learning rate")
-  parser.add_argument("--uniform_fraction", type=float, help="as meta.uniform_fraction, which is the default")
+  parser.add_argument("--uniform_fraction", type=float, help="as compare.uniform_fraction, the default")
   parser.add_argument("--ordinary", action="store_true", help="multipliers follow the losses of ordinary runs")
   parser.add_argument("--json", help="file to write the figures to")
   arguments = parser.parse_args()

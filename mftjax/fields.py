@@ -31,6 +31,8 @@ def _one_of(*words: str) -> dict[str, Any]:
   return {"check": lambda value: value in words, "allowed": "one of " + ", ".join(words)}
 
 
+_FRACTION: dict[str, Any] = {"check": lambda value: 0 < value <= 1, "allowed": "above 0, at most 1"}
+
 FIELDS: dict[str, Field] = {
   "seed": Field(0, "seed of everything random", **_at_least(0)),
   "task": Field("task", "name of the task, written into the recipe"),
@@ -94,15 +96,12 @@ FIELDS: dict[str, Field] = {
   "meta.uniform_fraction": Field(
     0.5,
     "part of the uniform distribution in the proposal that rows are drawn from",
-    lambda value: 0 < value <= 1,
-    "above 0, at most 1",
+    **_FRACTION,
   ),
   "meta.max_skipped": Field(10, "non-finite outer steps in a row that stop the run", **_at_least(1)),
   "objective.name": Field("mean", "what the outer step lowers", **_one_of(*objectives.NAMES)),
   "objective.temperature": Field(0.1, "of the smooth maximum (worst, worst_normalised)", **_above(0)),
-  "objective.fraction": Field(
-    0.5, "share of the abilities' weight, the worst ones (cvar)", lambda value: 0 < value <= 1, "above 0, at most 1"
-  ),
+  "objective.fraction": Field(0.5, "share of the abilities' weight, the worst ones (cvar)", **_FRACTION),
   "objective.floor": Field(0.1, "improvement below which the logarithm goes on as a line (nash)", **_above(0)),
   "objective.minimum_gain": Field(0.05, "nats, least unit of an improvement (normalised objectives)", **_above(0)),
   "objective.tolerance": Field(0.0, "nats that an ability may lose against the base model (retention)", **_at_least(0)),
@@ -177,6 +176,9 @@ FIELDS: dict[str, Field] = {
   "compare.refine_steps": Field(4, "meta-gradient steps on a predicted recipe", **_at_least(1)),
   "compare.direct_steps": Field(16, "meta-gradient steps of the direct learner", **_at_least(1)),
   "compare.learning_rate": Field(0.3, "of the direct learner's outer Adam", **_above(0)),
+  "compare.uniform_fraction": Field(
+    0.1, "as meta.uniform_fraction, in steps on one task's own recipe (direct, refined)", **_FRACTION
+  ),
   "checkpoint_every": Field(20, "steps between checkpoints", **_at_least(1)),
   "evaluate.num_rows": Field(
     64, "rows an ability's loss is taken over, at most; also for the base model's in the objective", **_at_least(1)

@@ -69,6 +69,22 @@ def test_tasks_that_run_at_once_share_the_memory_budget(meta, at_once, want, mon
   assert assemble(config).estimator == want
 
 
+def test_steps_on_a_single_recipe_draw_by_a_proposal_of_their_own(setting, task, monkeypatch):
+  seen = []
+
+  def value_and_grad(model, run, *args, **options):
+    seen.append(run.uniform_fraction)
+    return lambda recipe, task, objective, key: (0.0, recipe, jnp.zeros(task.ability_weight.shape), True)
+
+  monkeypatch.setattr(many_tasks, "value_and_grad", value_and_grad)
+  nothing = setting_lib.Scale(*[jnp.zeros(len(setting.pools.ability_names))] * 2)
+  fresh = dataclasses.replace(setting, scale={"validation": nothing})
+  one = jax.tree.map(lambda x: x[None], task)
+  for gradients in (fresh.gradients, fresh.single_gradients):
+    gradients({"x": jnp.ones(1)}, one, jax.random.split(jax.random.key(0), 1))
+  assert seen == [0.5, 0.1]
+
+
 def equal(task):
   return task.source_mask / task.source_mask.sum()
 

@@ -122,7 +122,7 @@ def test_refining_goes_down_the_gradient():
     grad = jax.tree.map(lambda x, t: x - t, recipes, target)
     return None, grad, 0.5 * grad["x"][:, None] ** 2, jnp.asarray([True, True])
 
-  fake = types.SimpleNamespace(gradients=gradients)
+  fake = types.SimpleNamespace(single_gradients=gradients)
   start = {"x": jnp.zeros(2)}
   keys = lambda step: jax.random.split(jax.random.key(step), 2)
   found, losses = refine.descend(fake, jnp.zeros(2), keys, start, 200, 0.1, batch_size=2)
@@ -143,7 +143,7 @@ def test_a_step_averages_runs_with_seeds_of_their_own():
     return None, {"x": jnp.sign(drawn) * 1e3 + drawn}, drawn[:, None], drawn < 10
 
   keys = lambda step: jax.random.split(jax.random.key(step), 64)
-  fake, start = types.SimpleNamespace(gradients=gradients), {"x": jnp.zeros(64)}
+  fake, start = types.SimpleNamespace(single_gradients=gradients), {"x": jnp.zeros(64)}
   found, losses = refine.descend(fake, jnp.zeros(64), keys, start, 1, 0.1, num_runs=3, batch_size=64)
   assert len(seen) == 3 and len(np.unique(np.round(seen, 6))) == 3 * 64
   np.testing.assert_allclose(losses[0, :, 0], np.mean(seen, axis=0), rtol=1e-5)

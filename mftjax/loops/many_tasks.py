@@ -209,8 +209,7 @@ def value_and_grad(
 
 def clipped(grad: Any, norm: float) -> Any:
   """Of one task, at most this global norm: one unstable run must not rule the others."""
-  factor = jnp.minimum(1.0, norm / jnp.maximum(optax.global_norm(grad), 1e-12))
-  return jax.tree.map(lambda g: factor * g, grad)
+  return optax.clip_by_global_norm(norm).update(grad, optax.EmptyState())[0]
 
 
 def train(model: Model, run: Run, fixed: Mapping[str, float], pools: meta_tasks.Pools) -> Callable:

@@ -46,7 +46,7 @@ def descend(
     grads, losses = [], []
     for run in range(num_runs):
       args = (recipe, tasks, fold(keys(number), run) if run else keys(number))
-      _, grad, loss, is_finite = many_tasks.in_batches(setting.gradients, args, batch_size or setting.at_once)
+      _, grad, loss, is_finite = many_tasks.in_batches(setting.single_gradients, args, batch_size or setting.at_once)
       grads.append(grad)
       losses.append(np.where(np.asarray(is_finite)[:, None], loss, np.nan))
     mean_grad = jax.tree.map(lambda *leaves: sum(leaves) / num_runs, *grads)

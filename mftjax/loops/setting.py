@@ -45,6 +45,7 @@ class Setting:
   estimator: Mapping[str, Any]  # the meta-gradient's method and its options
   clip_norm: float  # of each task's meta-gradient
   at_once: int  # tasks that a program runs at once
+  single_uniform_fraction: float  # in place of the run's, in steps on one task's own recipe
 
   @property
   def defaults(self) -> dict[str, float]:
@@ -79,9 +80,16 @@ class Setting:
   @functools.cached_property
   def gradients(self) -> Callable:
     """`(recipes, tasks, keys) -> (objective, gradient, ability losses, is_finite)`, each gradient clipped."""
+    return self._gradients(self.run)
 
+  @functools.cached_property
+  def single_gradients(self) -> Callable:
+    """`gradients` for steps on one task's own recipe: its runs are nearer to ordinary ones."""
+    return self._gradients(dataclasses.replace(self.run, uniform_fraction=self.single_uniform_fraction))
+
+  def _gradients(self, run: many_tasks.Run) -> Callable:
     def build(model):
-      differentiate = many_tasks.value_and_grad(model, self.run, self.space, self.fixed, self.pools, **self.estimator)
+      differentiate = many_tasks.value_and_grad(model, run, self.space, self.fixed, self.pools, **self.estimator)
 
       def one(recipe, task, key):
         objective = build_objective(task_scale(self.scale["validation"], task), task.ability_weight, self.objective)
@@ -160,7 +168,7 @@ def assemble(
   )
   probe = features.Probe(**config.probe)
   objective = objectives.build(config.objective.name, **config_lib.objective_options(config))
-  outer = objective, _estimator(config), config.meta.clip_norm, config.tasks.at_once
+  outer = objective, _estimator(config), config.meta.clip_norm, config.tasks.at_once, config.compare.uniform_fraction
   return Setting(model, run, pools, space, fixed, probe, _static(pools), scale, *outer)
 
 
