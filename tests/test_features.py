@@ -1,7 +1,6 @@
 """Features of a probed task: symmetries, gradient matching against exact solutions, exact match against decoding."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,67 +9,26 @@ import optax
 import pytest
 import scipy.optimize
 from flax import nnx
+from probe_problems import (
+  BUDGET,
+  LENGTH,
+  OPTIONS,
+  ROWS,
+  VOCAB,
+  apply,
+  compiled,
+  embed,
+  make_params,
+  make_rows,
+  make_task,
+  run,
+)
 
-from mftjax import feature_cache, features, matching, models, types
+from mftjax import features, matching, models, types
 from mftjax.data import tokens
 from mftjax.errors import InputError
 
-VOCAB, LENGTH, ROWS = 12, 10, 6
-TRAINED = 3  # more rows of each ability, which the probe trains on
-OPTIONS = features.Probe(rows=ROWS, num_steps=2, batch_size=2, learning_rate=0.05, match_steps=300)
 SKETCHED = dataclasses.replace(OPTIONS, sketch_dim=64)
-BUDGET = 5e4  # tokens
-
-
-def make_params(seed=0, scale=0.5):
-  """A bigram model: 144 logits and 48 features of embeddings."""
-  keys = jax.random.split(jax.random.key(seed))
-  return {
-    "embedding": jax.random.normal(keys[0], (VOCAB, 4)),
-    "logits": scale * jax.random.normal(keys[1], (VOCAB, VOCAB)),
-  }
-
-
-def apply(params, batch):
-  return params["logits"][batch.tokens] + params["embedding"].sum() * 1e-3 * jnp.arange(VOCAB)
-
-
-def embed(params, batch):
-  return jnp.take(params["embedding"], batch.tokens, axis=0)
-
-
-def make_rows(num_groups, rows=ROWS, seed=0):
-  """Rows of two examples with their own distribution of tokens for each group, `[num_groups, rows, LENGTH]`."""
-  rng = np.random.default_rng(seed)
-  shape = (num_groups, rows, LENGTH)
-  drawn = [rng.choice(VOCAB, shape[1:], p=rng.dirichlet(np.full(VOCAB, 0.3))) for _ in range(num_groups)]
-  segments = np.broadcast_to([1] * 5 + [2] * 4 + [0], shape)
-  return types.Batch(
-    tokens=jnp.asarray(np.stack(drawn), jnp.int32),
-    loss_mask=jnp.asarray(rng.integers(0, 2, shape) * (segments > 0), jnp.float32),
-    segment_ids=jnp.asarray(segments, jnp.int32),
-    positions=jnp.zeros(shape, jnp.int32),
-    source=jnp.zeros(shape[:2], jnp.int32),
-    proposal=jnp.ones(shape[:2], jnp.float32),
-  )
-
-
-def make_task(seed=0, num_sources=4, num_abilities=3):
-  """Arguments of `probe` between the model's and the key."""
-  rng = np.random.default_rng(seed)
-  static = jnp.asarray(rng.normal(size=(num_sources, len(features.STATIC_FEATURES))), jnp.float32)
-  weight = jnp.asarray(rng.uniform(0.5, 2.0, num_abilities), jnp.float32)
-  rows = make_rows(num_sources, seed=seed), make_rows(num_abilities, ROWS + TRAINED, seed=seed + 100)
-  return (*rows, static, jnp.ones(num_sources), weight)
-
-
-@functools.cache
-def compiled(options):
-  return jax.jit(lambda params, task, key: features.probe(apply, embed, params, *task, key, options, BUDGET))
-
-
-def run(task, options=OPTIONS, params=None, key=0):
-  return compiled(options)(make_params() if params is None else params, task, jax.random.key(key))
 
 
 def assert_close(found, expected, rtol=1e-4, atol=1e-4):
@@ -362,45 +320,6 @@ def test_static_features():
   np.testing.assert_allclose(found, [np.log(4), np.log(2), 0.5], rtol=1e-6)
   empty = np.zeros((0, 3), np.int32)
   assert not np.any(features.static_features(tokens.Rows(empty, empty, empty, empty, 0)))
-
-
-def test_digest_sees_values_dtypes_shapes_and_names():
-  tree = {"a": jnp.zeros(4), "b": jnp.ones(2)}
-  others = [
-    {"a": jnp.zeros(4), "b": jnp.array([1.0, 1.0 + 1e-6])},
-    {"a": jnp.zeros(4, jnp.int32), "b": jnp.ones(2)},
-    {"a": jnp.zeros((2, 2)), "b": jnp.ones(2)},
-    {"a": jnp.zeros(4), "c": jnp.ones(2)},
-  ]
-  assert feature_cache.digest(tree) == feature_cache.digest({"b": np.ones(2, np.float32), "a": np.zeros(4, np.float32)})
-  assert len({feature_cache.digest(t) for t in [tree, *others]}) == 5
-
-
-def test_cached_computes_once_and_refuses_another_model(tmp_path):
-  calls = []
-
-  def compute():
-    calls.append(1)
-    return run(make_task())
-
-  model = feature_cache.digest(make_params())
-  what = {"model": model, "rows": np.arange(4), "options": repr(OPTIONS), "data": b"x"}
-  first = feature_cache.cached(tmp_path, what, compute)
-  again = feature_cache.cached(tmp_path, dict(reversed(what.items())), compute)
-  assert len(calls) == 1
-  jax.tree.map(np.testing.assert_array_equal, first, again)
-  (path,) = (tmp_path / "features").iterdir()  # and no part of a file beside it
-  for name, value in {"rows": np.arange(5), "options": "", "data": b"y", "model": "f" * 64}.items():
-    feature_cache.cached(tmp_path, what | {name: value}, compute)
-  assert len(calls) == 5
-  other = feature_cache.digest(make_params(1))
-  with pytest.raises(InputError, match=rf"{model[:8]}.*{other[:8]}"):
-    feature_cache.load(path, other)
-  path.write_bytes(path.read_bytes()[:100])
-  with pytest.raises(InputError, match="Delete the file"):
-    feature_cache.cached(tmp_path, what, compute)
-  with pytest.raises(InputError, match="digest"):
-    feature_cache.cached(tmp_path, {"rows": np.arange(4)}, compute)
 
 
 def test_wrong_input_is_refused():
