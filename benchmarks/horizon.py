@@ -215,7 +215,7 @@ def main():
   parser.add_argument("--num_seeds", type=int, default=4, help="runs of each value on each task, at least 2")
   parser.add_argument("--parts", default="rate,size", help="which of the two, separated by commas")
   parser.add_argument("--outer_steps", type=int, default=24, help="of the direct learner on each task")
-  parser.add_argument("--outer_rate", type=float, default=0.3, help="of its Adam, as compare.learning_rate")
+  parser.add_argument("--outer_rate", type=float, default=0.3, help="of its Adam")
   parser.add_argument("--num_runs", type=int, default=1, help="runs whose gradients are averaged in such a step")
   parser.add_argument("--seed", type=int, default=0, help="of tasks, data and base model")
   parser.add_argument("--json", help="file to write the figures to")

@@ -3,7 +3,7 @@
 python -m experiments.compare --config=configs/compare.py:small --workdir=runs/compare
 python -m experiments.compare --config=configs/compare.py:smollm2 --workdir=runs/compare_smollm2
 
-`small`: procedural tasks with a tiny model, 22 minutes on 2 CPU cores. Codes of three disjoint families make
+`small`: procedural tasks with a tiny model, 25 minutes on 2 CPU cores. Codes of three disjoint families make
 the tasks: to meta-train on, to calibrate with, and unseen ones to compare on. `tiny` only shows that it runs.
 `smollm2`: tasks of 15 families of real data with SmolLM2-135M-Instruct and LoRA, about an hour and 4 GiB
 on 2 CPU cores. The model and the data are those of configs/smollm2.py.
@@ -45,7 +45,7 @@ def get_config(variant="small"):
   config.learner.tasks_per_step = 16
   config.compare.constant_tasks = 20
   config.compare.coverage_tasks = 100
-  config.compare.direct_steps = 32
+  config.compare.direct_steps = 48
   config.checkpoint_every = 50
   if variant == "tiny":
     config.budget_tokens = 8 * 8 * 32

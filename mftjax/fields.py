@@ -175,7 +175,8 @@ FIELDS: dict[str, Field] = {
   "compare.constant_tasks": Field(20, "training tasks that the best constant is chosen on", **_at_least(1)),
   "compare.refine_steps": Field(4, "meta-gradient steps on a predicted recipe", **_at_least(1)),
   "compare.direct_steps": Field(16, "meta-gradient steps of the direct learner", **_at_least(1)),
-  "compare.learning_rate": Field(0.3, "of the direct learner's outer Adam", **_above(0)),
+  "compare.learning_rate": Field(0.2, "of the direct learner's outer Adam", **_above(0)),
+  "compare.refine_learning_rate": Field(0.15, "of the outer Adam on a predicted recipe", **_above(0)),
   "compare.uniform_fraction": Field(
     0.1, "as meta.uniform_fraction, in steps on one task's own recipe (direct, refined)", **_FRACTION
   ),

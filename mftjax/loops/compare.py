@@ -243,7 +243,7 @@ def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: 
     "TPE": by_search(baselines.TPE),
     "ASHA": by_search(baselines.Asha),
     "predicted": lambda: as_choice(setting, tasks, recipe, probe),
-    "predicted, refined": lambda: by_descent(recipe, limits.refine_steps, limits.learning_rate / 2, probe),
+    "predicted, refined": lambda: by_descent(recipe, limits.refine_steps, limits.refine_learning_rate, probe),
     "direct": lambda: by_descent(default, limits.direct_steps, limits.learning_rate, nothing),
   }
   choices = {}

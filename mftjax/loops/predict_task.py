@@ -123,7 +123,7 @@ def _refine(case: case_lib.Case, recipe: Any, expected: np.ndarray, num_steps: i
   count, config = len(case.abilities), case.kept.config
   scale = setting_lib.Scale(jnp.asarray(case.base[:count]), jnp.asarray(np.minimum(expected, case.base)[:count]))
   setting = setting_lib.assemble(config, case.kept.model, case.setting.pools, {"validation": scale, "test": scale})
-  key, rate = jax.random.key(config.seed + 1), config.compare.learning_rate / 2
+  key, rate = jax.random.key(config.seed + 1), config.compare.refine_learning_rate
   one = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
   keys = lambda step: jax.random.fold_in(key, step)[None]
   refined, losses = refine.descend(setting, one(case.task), keys, one(recipe), num_steps, rate, batch_size=1)
