@@ -75,7 +75,7 @@ def get_config(
   if uniform_fraction is not None:
     config.compare.uniform_fraction = uniform_fraction
   config.objective.name = "retention"
-  config.objective.penalty = config.objective.step_size = 5.0
+  config.objective.penalty, config.objective.step_size = 20.0, 5.0
   config.abilities = ml_collections.ConfigDict({"a": {"weight": 0.5}, "b": {"weight": 0.5}, "kept": {"weight": 0.0}})
   return config
 
@@ -158,20 +158,22 @@ def descend(
     The recipes, and `[num_steps, num_cases, max_abilities]` validation losses of the runs that were differentiated.
   """
   run = dataclasses.replace(setting.run, uniform_fraction=setting.single_uniform_fraction)
-  differentiate = many_tasks.value_and_grad(
-    setting.model, run, setting.space, setting.fixed, setting.pools, **setting.estimator
-  )
 
-  @jax.jit
-  @jax.vmap
-  def differentiated(recipe, case, seed, number):
-    def one_run(key):
-      _, grad, losses, _ = differentiate(recipe, case.task, objective(config, case), key)
-      return many_tasks.clipped(grad, setting.clip_norm), losses
+  def differentiated(model):
+    differentiate = many_tasks.value_and_grad(
+      model, run, setting.space, setting.fixed, setting.pools, **setting.estimator
+    )
 
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), number), seed)
-    found = jax.vmap(one_run)(jax.random.split(key, outer.num_runs))
-    return jax.tree.map(lambda x: x.mean(axis=0), found)
+    def one(recipe, case, seed, number):
+      def of_key(key):
+        _, grad, losses, _ = differentiate(recipe, case.task, objective(config, case), key)
+        return many_tasks.clipped(grad, setting.clip_norm), losses
+
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), number), seed)
+      found = jax.vmap(of_key)(jax.random.split(key, outer.num_runs))
+      return jax.tree.map(lambda x: x.mean(axis=0), found)
+
+    return one
 
   @jax.jit
   @jax.vmap
@@ -179,12 +181,13 @@ def descend(
     updated = outer_objective.update(config, case.objective, losses)
     return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(losses).all(), new, old), updated, case.objective)
 
+  step = setting.model.over_tasks(differentiated)
   optimizer = refine.optimizer(outer.num_steps, config.compare.learning_rate)
   recipe = compare.default_recipes(config, setting, len(seeds))
   opt_state, seen = optimizer.init(recipe), []
   for number in range(outer.num_steps):
     args = recipe, cases, seeds, jnp.full(len(seeds), number)
-    grad, losses = many_tasks.in_batches(differentiated, args, setting.at_once)
+    grad, losses = many_tasks.in_batches(step, args, setting.at_once)
     if outer.is_held:
       grad = {**grad, "hyperparameters": jax.tree.map(jnp.zeros_like, grad["hyperparameters"])}
     if outer.is_ordinary:
@@ -297,6 +300,7 @@ def main():
   held = arguments.learning_rate
   config = get_config(learning_rate=held, uniform_fraction=arguments.uniform_fraction)
   outer = Outer(arguments.steps, arguments.runs, held is not None, arguments.ordinary)
+  jax.config.update("jax_num_cpu_devices", config.cpu_devices)
   setting = build_setting(config)
   found = run(config, setting, arguments.tasks, arguments.seeds, arguments.tolerance, outer, arguments.split)
   row = found["worst"]

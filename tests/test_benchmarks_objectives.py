@@ -35,8 +35,8 @@ def test_each_kind_of_case_lowers_its_own_objective(pools):
     grads[kind] = np.asarray(jax.grad(benchmark.objective(config, case))(jnp.asarray([0.9, 0.4, 0.3])))
   np.testing.assert_allclose(grads["mean"], [0.5, 0.5, 0.0], atol=1e-6)
   np.testing.assert_allclose(grads["worst"], [1 / (1 + np.exp(-5)), 1 / (1 + np.exp(5)), 0.0], atol=1e-5)
-  # 0.2 above base, priced at the multiplier 2 and the penalty 5; the others' violations are below zero.
-  np.testing.assert_allclose(grads["retention"], [0.5, 0.5, 2.0 + 5.0 * 0.2], atol=1e-5)
+  # 0.2 above base, priced at the multiplier 2 and the penalty 20; the others' violations are below zero.
+  np.testing.assert_allclose(grads["retention"], [0.5, 0.5, 2.0 + 20.0 * 0.2], atol=1e-5)
 
 
 def test_figures_of_known_losses():
