@@ -58,13 +58,14 @@ def weighted_sum(grads: jax.Array, weights: jax.Array) -> jax.Array:
   return _combine(weights, _only_present(grads, weights))
 
 
-def mgda_coefficients(grads: jax.Array, weights: jax.Array, num_iterations: int = 100) -> jax.Array:
+def mgda_coefficients(grads: jax.Array, weights: jax.Array, num_iterations: int = 1000) -> jax.Array:
   """Coefficients of the point of least norm in the convex hull of the gradients.
 
   Args:
     grads: `[num_abilities, dim]`.
     weights: `[num_abilities]` only whether an ability is present counts.
-    num_iterations: steps of Frank-Wolfe, each O(num_abilities^2). Two abilities need one.
+    num_iterations: steps of Frank-Wolfe, each O(num_abilities^2). Two abilities need one; six gradients whose lengths
+      differ tenfold need hundreds.
 
   Returns:
     `[num_abilities]` non-negative, sum 1, 0 for absent abilities: argmin |sum_i coefficient_i grads_i|^2.
@@ -95,7 +96,7 @@ def mgda_coefficients(grads: jax.Array, weights: jax.Array, num_iterations: int 
   return jax.lax.fori_loop(0, num_iterations, step, start)
 
 
-def mgda(grads: jax.Array, weights: jax.Array, num_iterations: int = 100) -> jax.Array:
+def mgda(grads: jax.Array, weights: jax.Array, num_iterations: int = 1000) -> jax.Array:
   """The point of least norm in the convex hull of the gradients: a descent direction for every ability, or 0.
 
   Args:

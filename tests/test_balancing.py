@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mftjax import balancing, errors
@@ -29,6 +29,7 @@ def test_mgda_of_two_gradients_is_the_closed_form(seed, scale, lean):
 
 @few
 @given(seeds)
+@example(1014)  # slow to converge
 def test_mgda_meets_the_condition_of_least_norm(seed):
   rng = np.random.default_rng(seed)
   grads = jnp.array(rng.normal(size=(6, 8)) * np.exp(rng.normal(size=(6, 1))), jnp.float32)
