@@ -5,9 +5,9 @@ python -m benchmarks.objectives [--tasks=20] [--split=unseen] [--steps=16] [--ru
 
 The setting is that of configs/compare.py:small. With `--learning_rate` the hyperparameters are held, with this learning
 rate, and recipes differ in their mixture alone: that tells apart what the objective and what an unstable run does. Each
-task has a recipe of its own, learned from equal weights by `--steps` steps of Adam along the meta-gradients of whole
-runs; recipes that are compared have the same start, steps, rate and keys. Then `--seeds` ordinary runs follow each,
-with keys of their own, and their test losses are averaged.
+task has a recipe of its own, learned from equal weights by `--steps` steps of Adam along the meta-gradients of `--runs`
+whole runs each; recipes that are compared have the same start, steps, rate and keys. Then `--seeds` ordinary runs
+follow each, with keys of their own, and their test losses are averaged.
 
 Worst: unseen tasks of two or three abilities. Judged by the worst ability's test loss (of each run, then the mean),
 under `worst` and under `mean`. A task counts as won only where it is lower by more than 1e-3 nats; less is a tie.
@@ -149,19 +149,18 @@ def descend(
   seeds: jax.Array,
   outer: Outer,
 ) -> tuple[Any, np.ndarray]:
-  """`refine.descend` for cases, whose multipliers are updated after every step by the losses of its runs.
+  """`refine.descend` for cases, whose multipliers are updated after every step by the losses that `outer` says.
 
   Args:
     seeds: `[num_cases]` int32; cases with the same one see the same data.
 
   Returns:
-    The recipes, and `[num_steps, num_cases, max_abilities]` validation losses of the runs that were differentiated.
+    The recipes, and `[num_steps, num_cases, max_abilities]` these losses, on validation rows.
   """
-  run = dataclasses.replace(setting.run, uniform_fraction=setting.single_uniform_fraction)
 
   def differentiated(model):
     differentiate = many_tasks.value_and_grad(
-      model, run, setting.space, setting.fixed, setting.pools, **setting.estimator
+      model, setting.single_run, setting.space, setting.fixed, setting.pools, **setting.estimator
     )
 
     def one(recipe, case, seed, number):
@@ -251,7 +250,7 @@ def run(
   num_seeds: int,
   tolerance: float,
   outer: Outer,
-  split: str = "unseen",
+  split: str,
 ) -> dict[str, Any]:
   """Both parts; the figures, and the test losses of each task that they come from."""
   shape = setting_lib.task_shape(config)
@@ -278,7 +277,7 @@ def run(
     "weights": np.asarray(ordinary.ability_weight).tolist(),
     "base": base.tolist(),
     "mixtures": np.asarray(jax.vmap(many_tasks.mixture)(recipe["mixture_logits"], cases.task.source_mask)).tolist(),
-    "validation": seen.tolist(),  # of the runs that were differentiated, [num_steps, num_groups * num_tasks, ...]
+    "validation": seen.tolist(),  # that multipliers followed, [num_steps, num_groups * num_tasks, ...]
     "losses": [found.tolist() for found in losses],  # of the groups, [num_seeds, num_tasks, max_abilities]
   }
 

@@ -57,6 +57,7 @@ def task(setting):
   ("meta", "at_once", "want"),
   [
     ({"memory_bytes": 1000}, 5, {"method": "mixed", "memory_bytes": 200}),
+    ({"memory_bytes": 3}, 5, {"method": "mixed", "memory_bytes": 1}),
     ({"method": "es"}, 5, {"method": "es"}),
     ({"recovery": "invert"}, 4, {"method": "mixed", "recovery": "invert", "memory_bytes": 2**29}),
   ],

@@ -43,9 +43,9 @@ def descend(
   adam, fold = optimizer(num_steps, rate), jax.vmap(jax.random.fold_in, in_axes=(0, None))
   recipe, opt_state, seen = start, adam.init(start), []
   for number in range(num_steps):
-    grads, losses = [], []
+    first, grads, losses = keys(number), [], []
     for run in range(num_runs):
-      args = (recipe, tasks, fold(keys(number), run) if run else keys(number))
+      args = (recipe, tasks, fold(first, run) if run else first)
       _, grad, loss, is_finite = many_tasks.in_batches(setting.single_gradients, args, batch_size or setting.at_once)
       grads.append(grad)
       losses.append(np.where(np.asarray(is_finite)[:, None], loss, np.nan))

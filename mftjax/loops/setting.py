@@ -52,6 +52,11 @@ class Setting:
     """The hyperparameters that are learned, at their defaults."""
     return {name: float(self.fixed[name]) for name in self.space.spaces}
 
+  @property
+  def single_run(self) -> many_tasks.Run:
+    """The run that steps on one task's own recipe go through: nearer to an ordinary one."""
+    return dataclasses.replace(self.run, uniform_fraction=self.single_uniform_fraction)
+
   def outcome(
     self,
     part: str,
@@ -84,8 +89,8 @@ class Setting:
 
   @functools.cached_property
   def single_gradients(self) -> Callable:
-    """`gradients` for steps on one task's own recipe: its runs are nearer to ordinary ones."""
-    return self._gradients(dataclasses.replace(self.run, uniform_fraction=self.single_uniform_fraction))
+    """`gradients` through `single_run`."""
+    return self._gradients(self.single_run)
 
   def _gradients(self, run: many_tasks.Run) -> Callable:
     def build(model):
@@ -177,7 +182,8 @@ def _estimator(config: ml_collections.ConfigDict) -> dict[str, Any]:
   found = {"method": config.meta.method, **config_lib.method_options(config)}
   if "memory_bytes" in metagrad.method_options(config.meta.method):
     tasks = -(-config.tasks.at_once // len(jax.local_devices()))
-    found["memory_bytes"] = (config.meta.memory_bytes or metagrad.recovery.device_budget()) // tasks
+    budget = found.get("memory_bytes", metagrad.recovery.device_budget())
+    found["memory_bytes"] = -(-budget // tasks)  # never 0, which is no budget
   return found
 
 
