@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mftjax import balancing, metagrad, objectives
-from mftjax.models import attention
+from mftjax.models import attention, decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,15 @@ FIELDS: dict[str, Field] = {
   "memory.num_slots": Field(0, "key-value slots learned across tasks; 0 is no memory", **_at_least(0)),
   "memory.key_dim": Field(16, "width of a slot's key", **_at_least(1)),
   "memory.num_heads": Field(2, "heads that read the slots", **_at_least(1)),
-  "memory.layers": Field((0,), "layers after which the memory is read"),
+  "memory.layers": Field((0,), "layers that read the memory"),
+  "memory.top_k": Field(0, "slots that a head reads for a token; 0 is all", **_at_least(0)),
+  "memory.product_keys": Field(False, "keys are pairs of half keys: num_slots a square, key_dim even, top_k above 0"),
+  "memory.gated": Field(False, "each head has a gate that the token sets"),
+  "memory.temperature": Field(1.0, "of the softmax over the slots, where its learning starts", **_above(0)),
+  "memory.placement": Field(
+    "after", "on the layer's output, beside its MLP or instead of it", **_one_of(*decoder.PLACEMENTS)
+  ),
+  "memory.shared": Field(True, "all layers read one memory, or else each its own"),
   "meta.outer_steps": Field(100, "outer steps", **_at_least(1)),
   "meta.unroll_length": Field(8, "inner steps that one meta-gradient goes through", **_at_least(1)),
   "meta.method": Field("mixed", "meta-gradient estimator", **_one_of(*metagrad.METHODS)),
@@ -180,6 +188,41 @@ FIELDS: dict[str, Field] = {
   "compare.uniform_fraction": Field(
     0.1, "as meta.uniform_fraction, in steps on one task's own recipe (direct, refined)", **_FRACTION
   ),
+  "continual.methods": Field((), "ways of learning one task after another that are compared; () is all of them"),
+  "continual.kinds": Field(
+    ("rule", "code", "facts", "rule", "code", "facts", "rule", "code", "rule", "code"),
+    "kind of each task of a sequence: rule, code or facts",
+    lambda value: not isinstance(value, str) and len(value) > 0,
+    "a tuple of kinds",
+  ),
+  "continual.num_conflicts": Field(0, "tasks at the end of a sequence that contradict the base model", **_at_least(0)),
+  "continual.num_sequences": Field(5, "unseen sequences, one for each seed", **_at_least(1)),
+  "continual.num_validation": Field(2, "other sequences that every method is tuned on", **_at_least(1)),
+  "continual.num_trials": Field(8, "trials of each method's tuning", **_at_least(1)),
+  "continual.at_once": Field(8, "runs that a program goes through at once", **_at_least(1)),
+  "continual.train_rows": Field(32, "training rows of each task", **_at_least(1)),
+  "continual.test_rows": Field(16, "test rows of each task", **_at_least(1)),
+  "continual.base_rows": Field(128, "held-out rows of the base model's own data", **_at_least(1)),
+  "continual.base_steps": Field(6000, "steps that the small base model is trained for", **_at_least(1)),
+  "continual.write_rule": Field(
+    "sparse", "slots that a task may write: sparse, by TF-IDF, or all", **_one_of("all", "sparse")
+  ),
+  "continual.written_rows": Field(512, "slots that a task may write (write_rule sparse)", **_at_least(1)),
+  "continual.full_learning_rates": Field((1e-4, 1e-2), "least and greatest that is tried, training every parameter"),
+  "continual.lora_learning_rates": Field((3e-4, 3e-2), "likewise for LoRA"),
+  "continual.memory_learning_rates": Field((10.0, 1000.0), "likewise for a memory"),
+  "continual.memory_eps": Field(1.0, "Adam's eps for a memory; a large one makes it SGD with momentum", **_above(0)),
+  "retention.outer_steps": Field(100, "outer steps of the memory's meta-training", **_at_least(1)),
+  "retention.episodes": Field(4, "sequences in an outer step", **_at_least(1)),
+  "retention.tasks_per_episode": Field(5, "tasks of a sequence", **_at_least(1)),
+  "retention.steps_per_task": Field(24, "inner steps on each of them", **_at_least(1)),
+  "retention.num_sequences": Field(100, "sequences to meta-train on", **_at_least(1)),
+  "retention.test_rows": Field(8, "rows of each task in the outer loss", **_at_least(1)),
+  "retention.base_rows": Field(64, "rows of the base model's data in the outer loss", **_at_least(1)),
+  "retention.base_weight": Field(1.0, "of the base model's data in the outer loss", **_at_least(0)),
+  "retention.written_rows": Field(2048, "slots that an episode may write", **_at_least(1)),
+  "retention.learning_rate": Field(1e-2, "of the outer Adam, on the memory", **_above(0)),
+  "retention.joint_learning_rate": Field(1e-3, "of the memory that is trained without an outer loop", **_above(0)),
   "checkpoint_every": Field(20, "steps between checkpoints", **_at_least(1)),
   "evaluate.num_rows": Field(
     64, "rows an ability's loss is taken over, at most; also for the base model's in the objective", **_at_least(1)

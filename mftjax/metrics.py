@@ -11,13 +11,8 @@ _NUM_RESAMPLES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Continual:
-  """What `continual` returns; `dict(result)` and `result["forgetting"]` work too."""
-
-  average_accuracy: float
-  backward_transfer: float
-  forward_transfer: float
-  forgetting: float
+class _Fields:
+  """Makes a dataclass of numbers a mapping too: `dict(result)` and `result["forgetting"]` work."""
 
   def keys(self) -> Iterator[str]:
     return (field.name for field in dataclasses.fields(self))
@@ -34,6 +29,28 @@ class Continual:
     return getattr(self, name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Continual(_Fields):
+  """What `continual` returns, fractions; `dict(result)` and `result["forgetting"]` work too."""
+
+  average_accuracy: float
+  backward_transfer: float
+  forward_transfer: float
+  forgetting: float
+  plasticity: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinualLoss(_Fields):
+  """What `continual_loss` returns, nats; `dict(result)` and `result["forgetting"]` work too."""
+
+  average_loss: float
+  backward_transfer: float
+  forward_transfer: float
+  forgetting: float
+  plasticity: float
+
+
 def continual(
   accuracy: np.ndarray | Sequence[Sequence[float]], baseline: np.ndarray | Sequence[float] | None = None
 ) -> Continual:
@@ -45,38 +62,70 @@ def continual(
   - backward_transfer = mean_{j < T-1} (R[T-1, j] - R[j, j])
   - forward_transfer = mean_{j > 0} (R[j-1, j] - b[j])
   - forgetting = mean_{j < T-1} (max_{i < T-1} R[i, j] - R[T-1, j])
+  - plasticity = mean_j R[j, j]
 
   Args:
     accuracy: `[num_tasks (after), num_tasks (on)]`, finite.
     baseline: `[num_tasks]` b, finite; zero when left out: forward_transfer is then the accuracy itself.
 
   Returns:
-    The four numbers. With one task nothing can transfer or be forgotten: those three are 0.
+    The five numbers. With one task nothing can transfer or be forgotten: those three are 0.
 
   Raises:
     InputError: not a square matrix, no task, a value that is not finite, or a baseline of another length.
 
   Source: Lopez-Paz & Ranzato (2017), Section 2, equations 2-4; Chaudhry et al. (2018), Section 3, forgetting.
   """
-  matrix = np.asarray(accuracy, np.float64)
+  return Continual(*_sums("accuracy", np.asarray(accuracy, np.float64), baseline))
+
+
+def continual_loss(
+  loss: np.ndarray | Sequence[Sequence[float]], baseline: np.ndarray | Sequence[float] | None = None
+) -> ContinualLoss:
+  """Sums up the loss matrix of a model that learnt tasks one after another.
+
+  The formulas of `continual` on R = -loss and on minus the baseline, so that a higher transfer is better and a
+  positive forgetting is a loss that rose; average_loss and plasticity are losses, lower is better.
+
+  Args:
+    loss: `[num_tasks (after), num_tasks (on)]` nats, finite.
+    baseline: `[num_tasks]` loss before any training, nats, finite; zero when left out: forward_transfer is then
+      minus the loss itself.
+
+  Returns:
+    The five numbers, nats. With one task nothing can transfer or be forgotten: those three are 0.
+
+  Raises:
+    InputError: not a square matrix, no task, a value that is not finite, or a baseline of another length.
+  """
+  start = None if baseline is None else -np.asarray(baseline, np.float64)
+  average, backward, forward, forgetting, plasticity = _sums("loss", -np.asarray(loss, np.float64), start)
+  return ContinualLoss(-average, backward, forward, forgetting, -plasticity)
+
+
+def _sums(
+  name: str, matrix: np.ndarray, baseline: np.ndarray | Sequence[float] | None
+) -> tuple[float, float, float, float, float]:
+  """Average, backward transfer, forward transfer, forgetting, plasticity of a matrix whose higher values are better."""
   if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
-    raise InputError(f"accuracy must be [num_tasks, num_tasks] with at least one task, got shape {matrix.shape}.")
+    raise InputError(f"{name} must be [num_tasks, num_tasks] with at least one task, got shape {matrix.shape}.")
   num_tasks = matrix.shape[0]
   start = np.zeros(num_tasks) if baseline is None else np.asarray(baseline, np.float64)
   if start.shape != (num_tasks,):
-    raise InputError(f"baseline must be [{num_tasks}] like the tasks of accuracy, got shape {start.shape}.")
+    raise InputError(f"baseline must be [{num_tasks}] like the tasks of {name}, got shape {start.shape}.")
   if not (np.isfinite(matrix).all() and np.isfinite(start).all()):
-    raise InputError("accuracy and baseline must be finite; one of their values is NaN or infinite.")
+    raise InputError(f"{name} and baseline must be finite; one of their values is NaN or infinite.")
   last = matrix[-1]
-  if num_tasks == 1:
-    return Continual(float(last[0]), 0.0, 0.0, 0.0)
   learnt = np.diagonal(matrix)
+  if num_tasks == 1:
+    return float(last[0]), 0.0, 0.0, 0.0, float(learnt[0])
   before = np.diagonal(matrix, offset=1)  # R[j-1, j]
-  return Continual(
-    average_accuracy=float(last.mean()),
-    backward_transfer=float((last - learnt)[:-1].mean()),
-    forward_transfer=float((before - start[1:]).mean()),
-    forgetting=float((matrix[:-1, :-1].max(axis=0) - last[:-1]).mean()),
+  return (
+    float(last.mean()),
+    float((last - learnt)[:-1].mean()),
+    float((before - start[1:]).mean()),
+    float((matrix[:-1, :-1].max(axis=0) - last[:-1]).mean()),
+    float(learnt.mean()),
   )
 
 

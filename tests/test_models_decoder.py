@@ -1,6 +1,7 @@
 """The decoder: packing, positions, remat, memory layers, bad configs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from flax import nnx
 
 from mftjax import models
 from mftjax.errors import InputError
+from mftjax.loops import task
 from mftjax.models import decoder
+from tests import tiny_config
 
 CONFIG = models.DecoderConfig(
   family="llama",
@@ -105,6 +108,157 @@ def test_memory_layers_split_the_scan_without_changing_logits():
   assert np.abs(model(row) - before).max() > 1e-3
 
 
+def noisy_memory(seed, **options):
+  memory = models.Memory(9, 32, 4, 2, rngs=nnx.Rngs(seed), **options)
+  memory.values[...] = jax.random.normal(jax.random.key(seed), (9, 32))
+  return memory
+
+
+apply = nnx.jit(lambda model, row: model(row))
+
+
+@functools.partial(nnx.jit, static_argnums=3)
+def by_hand(model, row, memories, placement):
+  """Logits of `[1, length]` tokens, one layer after the other in the words of the docstrings."""
+  config, arrays = model.config, model.layers.arrays()
+  rope = decoder.rope_tables(jnp.arange(row.shape[1])[None], config.head_dim, config.rope_theta)
+  attend = lambda q, k, v: decoder.ATTENTION["full"](q, k, v, jnp.ones(row.shape, jnp.int32))
+  hidden = model.embed(row)
+  for number in range(config.num_layers):
+    params = {name: value[number] for name, value in arrays.items()}
+    if number not in memories:
+      hidden, _ = decoder.layer(params, hidden, rope, attend, config, 0.0)
+      continue
+    # The attention is the layer without an MLP.
+    hidden, _ = decoder.layer(
+      params | {"down_proj": jnp.zeros_like(params["down_proj"])}, hidden, rope, attend, config, 0.0
+    )
+    normed = decoder.rms_norm(hidden, params["mlp_norm"], config.norm_eps)
+    mlp = (jax.nn.silu(normed @ params["gate_proj"]) * (normed @ params["up_proj"])) @ params["down_proj"]
+    memory = memories[number]
+    if placement == "after":
+      hidden = memory(hidden + mlp)
+    else:
+      read = memory(normed) - normed
+      hidden = hidden + read + (mlp if placement == "beside" else 0.0)
+  return model.logits(hidden)
+
+
+@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
+def test_placements_against_the_layers_by_hand(placement, layers):
+  model, memory, row = make(), noisy_memory(1, top_k=3, product_keys=True), tokens(7, 1, 6)
+  plain = apply(model, row)
+  expected = by_hand(model, row, dict.fromkeys(layers, memory), placement)
+  model.attach_memory(memory, layers, placement)
+  np.testing.assert_allclose(apply(model, row), expected, atol=2e-5)
+  assert np.abs(expected - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+def test_each_layer_reads_its_own_memory(placement):
+  model, memories, row = make(), [noisy_memory(seed) for seed in (1, 2)], tokens(7, 1, 6)
+  expected = by_hand(model, row, {2: memories[0], 0: memories[1]}, placement)
+  model.attach_memory(memories, [2, 0], placement)
+  assert model.memory_layers == (0, 2) and model.memory_of(2) is memories[0] and model.memory_of(1) is None
+  np.testing.assert_allclose(apply(model, row), expected, atol=2e-5)
+  _, own, rest = nnx.split(model, models.MemoryParam, ...)
+  assert len(jax.tree.leaves(own)) == 8 and len(jax.tree.leaves(rest)) == 12
+
+
+@pytest.mark.parametrize("placement", ["after", "beside"])
+def test_new_memories_leave_the_logits_as_they_were(placement):
+  model, row = make(), tokens(7, 2, 6)
+  before = model(row)
+  model.attach_memory([models.Memory(5, 32, 4, 2, rngs=nnx.Rngs(seed)) for seed in (1, 2)], [0, 1], placement)
+  np.testing.assert_allclose(model(row), before, atol=1e-6)
+
+
+def test_a_memory_instead_of_the_mlp_is_without_it():
+  model, row = make(), tokens(7, 2, 6)
+  model.attach_memory(noisy_memory(1), [1], "instead")
+  before = model(row)
+  for name in ("gate_proj", "up_proj", "down_proj"):
+    getattr(model.layers, name)[...] = getattr(model.layers, name)[...].at[1].set(7.0)
+  np.testing.assert_array_equal(model(row), before)
+
+
+@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_generation_with_its_cache_reads_the_memory_too(placement, is_shared):
+  model = make()
+  memory = noisy_memory(1, top_k=3) if is_shared else [noisy_memory(1, top_k=3), noisy_memory(2)]
+  model.attach_memory(memory, [0, 2], placement)
+  prompt = tokens(1, 5)
+  new = models.generate(model, [prompt], 6, eos_id=None, pad_id=0)[0]
+  whole = np.concatenate([prompt, new])[None]
+  np.testing.assert_array_equal(np.argmax(apply(model, whole)[0, 4:-1], axis=-1), new)
+
+
+@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+def test_remat_gives_the_same_gradient_with_a_memory(placement):
+  row = tokens(5, 1, 9)
+
+  def gradient(remat):
+    model = make(remat=remat)
+    model.attach_memory(noisy_memory(1, top_k=3), [1], placement)
+    graphdef, params = nnx.split(model)
+    return jax.jit(jax.grad(lambda p: jnp.mean(nnx.merge(graphdef, p)(row) ** 2)))(params)
+
+  plain, again = (gradient(remat) for remat in (False, True))
+  assert np.abs(plain["memory"]["values"][...]).max() > 1e-6
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def config_of_memory(**options):
+  config = tiny_config.get_config("memory")
+  config.model.num_layers = 2
+  config.memory.update(options)
+  return config
+
+
+def test_the_config_says_what_memory_there_is():
+  options = {"num_slots": 16, "top_k": 3, "product_keys": True, "gated": True, "temperature": 0.5}
+  model, _ = task.load_model(config_of_memory())
+  row = tokens(0, 1, 5)
+  before = model(row)
+  task.attach_memory(model, config_of_memory(**options, placement="beside", shared=False, layers=(0, 1)))
+  first, second = model.memory
+  assert (first.num_slots, first.top_k, first.product_keys, first.gated) == (16, 3, True, True)
+  np.testing.assert_allclose(np.exp(first.log_temperature[...]), 0.5, rtol=1e-6)
+  assert np.abs(first.keys[...] - second.keys[...]).max() > 0.1
+  assert (model.memory_placement, model.memory_layers) == ("beside", (0, 1))
+  np.testing.assert_allclose(model(row), before, atol=1e-6)
+
+
+def test_the_configs_own_defaults_are_one_plain_memory_after_its_layer():
+  model, _ = task.load_model(config_of_memory())
+  task.attach_memory(model, config_of_memory())
+  memory = model.memory
+  assert isinstance(memory, models.Memory)
+  assert (memory.top_k, memory.product_keys, memory.gated, model.memory_placement) == (None, False, False, "after")
+  assert not np.asarray(memory.log_temperature[...]).any()
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"top_k": 5}, r"top_k = 5 must lie in 1 \.\. num_slots = 4"),
+    ({"num_slots": 5, "top_k": 2, "product_keys": True}, "square num_slots"),
+    ({"key_dim": 3, "top_k": 2, "product_keys": True}, "key_dim = 3"),
+    ({"product_keys": True}, "top_k = None"),
+    ({"temperature": 0.0}, "temperature = 0.0"),
+    ({"placement": "besides"}, "Did you mean 'beside'"),
+    ({"layers": (7,)}, r"Memory layers \[7\]"),
+    ({"layers": (0, 0), "shared": False}, "none of them twice"),
+  ],
+)
+def test_a_config_whose_memory_cannot_be_is_named(options, words):
+  with pytest.raises(InputError, match=words):
+    task.build_network(config_of_memory(**options))
+
+
 def test_bfloat16_compute_is_near_f32():
   row = tokens(8, 1, 8)
   logits = make(dtype=jnp.bfloat16)(row)
@@ -121,6 +275,8 @@ def test_bfloat16_compute_is_near_f32():
     (lambda: make()(np.zeros((1, 65), np.int32)), "max_length = 64"),
     (lambda: make().attach_memory(models.Memory(2, 32, 4, 1, rngs=nnx.Rngs(0)), [3]), r"0 \.\. 2"),
     (lambda: make().attach_memory(models.Memory(2, 16, 4, 1, rngs=nnx.Rngs(0)), [1]), "hidden_size 32"),
+    (lambda: make().attach_memory(noisy_memory(1), [1], "besides"), "Did you mean 'beside'"),
+    (lambda: make().attach_memory([noisy_memory(1)], [0, 1]), "1 memories need as many layers"),
   ],
 )
 def test_bad_input_is_named(act, words):

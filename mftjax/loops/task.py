@@ -72,16 +72,29 @@ def load_model(config: ml_collections.ConfigDict) -> tuple[models.Decoder, Any]:
 
 
 def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> None:
-  """Give the model the config's memory, if there is one."""
-  if config.memory.num_slots:
-    memory = models.Memory(
-      config.memory.num_slots,
-      model.config.hidden_size,
-      config.memory.key_dim,
-      config.memory.num_heads,
-      rngs=nnx.Rngs(config.seed + 1),
-    )
-    model.attach_memory(memory, tuple(config.memory.layers))
+  """Give the model the config's memory, if there is one.
+
+  Raises:
+    InputError: sizes, layers or options that do not go together.
+  """
+  options = config.memory
+  if options.num_slots:
+    rngs = nnx.Rngs(config.seed + 1)
+    memories = [
+      models.Memory(
+        options.num_slots,
+        model.config.hidden_size,
+        options.key_dim,
+        options.num_heads,
+        options.top_k or None,
+        options.product_keys,
+        options.gated,
+        options.temperature,
+        rngs=rngs,
+      )
+      for _ in range(1 if options.shared else len(options.layers))
+    ]
+    model.attach_memory(memories[0] if options.shared else memories, tuple(options.layers), options.placement)
 
 
 def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from mftjax.models.memory import Memory
 from mftjax.types import at_least_f32
 
 FAMILIES = ("llama", "qwen2")
+
+PLACEMENTS = ("after", "beside", "instead")  # of a memory: on the layer's output, beside its MLP or in its place
 
 LONGEST_SUM = 640  # terms that a product on a CPU adds up in one go
 
@@ -158,6 +161,8 @@ def layer(
   lora_scale: float,
   cache: Cache | None = None,
   index: jax.Array | int = 0,
+  memory: Memory | None = None,
+  placement: str = "beside",
 ) -> tuple[jax.Array, Cache | None]:
   """One layer, for training (no cache) and for decoding (keys and values written into the cache at `index`).
 
@@ -169,10 +174,33 @@ def layer(
       `[batch, key_length, num_kv_heads, head_dim]`, which are the whole cache when there is one.
     cache: keys and values, each `[batch, cache_length, num_kv_heads, head_dim]`.
     index: where in the cache the first of these tokens goes.
+    memory: read within the layer, None when none is.
+    placement: whether it is read "beside" the MLP or "instead" of it.
 
   Returns:
     The new hidden states and the new cache.
   """
+  hidden, cache = attention_part(params, hidden, rope, attend, config, lora_scale, cache, index)
+  proj = functools.partial(project, params, lora_scale=lora_scale)
+  normed = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
+  if memory is not None and placement == "instead":
+    return hidden + memory.read(normed), cache
+  gated = jax.nn.silu(proj("gate_proj", normed)) * proj("up_proj", normed)
+  out = proj("down_proj", gated)
+  return hidden + (out if memory is None else out + memory.read(normed)), cache
+
+
+def attention_part(
+  params: dict[str, jax.Array],
+  hidden: jax.Array,
+  rope: tuple[jax.Array, jax.Array],
+  attend: Attend,
+  config: DecoderConfig,
+  lora_scale: float,
+  cache: Cache | None = None,
+  index: jax.Array | int = 0,
+) -> tuple[jax.Array, Cache | None]:
+  """The first half of `layer`: hidden states with the attention's output added, and the new cache."""
   proj = functools.partial(project, params, lora_scale=lora_scale)
   heads = (*hidden.shape[:2], -1, config.head_dim)
   normed = rms_norm(hidden, params["attention_norm"], config.norm_eps)
@@ -183,10 +211,7 @@ def layer(
     k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=1)
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=1)
     cache = (k, v)
-  hidden = hidden + proj("o_proj", attend(q, k, v))
-  normed = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
-  gated = jax.nn.silu(proj("gate_proj", normed)) * proj("up_proj", normed)
-  return hidden + proj("down_proj", gated), cache
+  return hidden + proj("o_proj", attend(q, k, v)), cache
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
@@ -211,23 +236,54 @@ class Decoder(nnx.Module):
     self.final_norm = nnx.Param(jnp.ones(config.hidden_size))
     if not config.tie_embeddings:
       self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.hidden_size, config.vocab_size)))
-    self.memory: Memory | None = nnx.data(None)
+    self.memory: Any = nnx.data(None)  # a `Memory`, or an `nnx.List` with one for each memory layer
     self.memory_layers: tuple[int, ...] = ()
+    self.memory_placement = "after"
 
-  def attach_memory(self, memory: Memory, layers: Sequence[int]) -> None:
-    """Reads one memory after each of these layers (0 = the first); a new memory leaves the logits as they were.
+  def attach_memory(self, memory: Memory | Sequence[Memory], layers: Sequence[int], placement: str = "after") -> None:
+    """Has these layers read a memory; a new one leaves the logits as they were, unless it stands for an MLP.
+
+    Args:
+      memory: one that all the layers share, or one for each of them, in their order.
+      layers: numbers of the layers, 0 = the first.
+      placement: "after": `hidden + read(hidden)` of the layer's output; "beside": the read of the MLP's normed input
+        is added to the MLP's output; "instead": it takes the place of the MLP's output.
 
     Raises:
-      InputError: a layer that does not exist, no layer, another width, or a memory that is attached already.
+      InputError: a layer that does not exist, no layer, another width, another number of memories than of layers, an
+        unknown placement, or a memory that is attached already.
     """
     if self.memory is not None:
       raise InputError("The decoder has a memory already; attach one memory, to all of its layers at once.")
     if not layers or not all(0 <= number < self.config.num_layers for number in layers):
       raise InputError(f"Memory layers {list(layers)} must be some of 0 .. {self.config.num_layers - 1}.")
-    if memory.dim != self.config.hidden_size:
-      raise InputError(f"Memory of dim {memory.dim} does not fit a decoder of hidden_size {self.config.hidden_size}.")
-    self.memory = memory
-    self.memory_layers = tuple(sorted(set(layers)))
+    if placement not in PLACEMENTS:
+      raise unknown_name("placement of the memory", placement, PLACEMENTS)
+    memories = [memory] if isinstance(memory, Memory) else list(memory)
+    for one in memories:
+      if one.dim != self.config.hidden_size:
+        raise InputError(f"Memory of dim {one.dim} does not fit a decoder of hidden_size {self.config.hidden_size}.")
+    if isinstance(memory, Memory):
+      self.memory, self.memory_layers = memory, tuple(sorted(set(layers)))
+    else:
+      if len(memories) != len(layers) or len(set(layers)) != len(layers):
+        raise InputError(f"{len(memories)} memories need as many layers, none of them twice; given {list(layers)}.")
+      order = sorted(range(len(layers)), key=lambda place: layers[place])
+      self.memory = nnx.List([memories[place] for place in order])
+      self.memory_layers = tuple(layers[place] for place in order)
+    self.memory_placement = placement
+
+  def memories(self) -> list[Memory]:
+    """The memories there are, in the order of the layers; one only where the layers share it."""
+    if self.memory is None:
+      return []
+    return [self.memory] if isinstance(self.memory, Memory) else list(self.memory)
+
+  def memory_of(self, number: int) -> Memory | None:
+    """The memory that the layer reads, None when it reads none."""
+    if number not in self.memory_layers:
+      return None
+    return self.memory if isinstance(self.memory, Memory) else self.memory[self.memory_layers.index(number)]
 
   def __call__(
     self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
@@ -246,14 +302,36 @@ class Decoder(nnx.Module):
     Raises:
       InputError: more tokens than `config.max_length`.
     """
+    return self.logits(self.run_layers(*self._inputs(tokens, segment_ids, positions))[0])
+
+  def memory_inputs(
+    self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+  ) -> list[jax.Array]:
+    """`[batch, length, hidden_size]` hidden states that each memory layer's memory is read with; arguments as above."""
+    inputs: list[jax.Array] = []
+    self.run_layers(*self._inputs(tokens, segment_ids, positions), memory_inputs=inputs)
+    return inputs
+
+  def memory_usage(
+    self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array | None = None
+  ) -> list[jax.Array]:
+    """`[num_slots]` number of reads of each of `memories()`, by all tokens that are not padding."""
+    inputs = self.memory_inputs(tokens, segment_ids, positions)
+    if isinstance(self.memory, Memory):
+      return [self.memory.usage(jnp.stack(inputs), jnp.stack([segment_ids > 0] * len(inputs)))]
+    return [memory.usage(x, segment_ids > 0) for memory, x in zip(self.memories(), inputs, strict=True)]
+
+  def _inputs(
+    self, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, Attend]:
+    """What `run_layers` takes for these tokens."""
     length = tokens.shape[1]
     if length > self.config.max_length:
       raise InputError(f"{length} tokens are more than the decoder's max_length = {self.config.max_length}.")
     segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     positions = segment_positions(segment_ids) if positions is None else positions
     attend = lambda q, k, v: ATTENTION[self.config.attention](q, k, v, segment_ids)
-    hidden, _ = self.run_layers(self.embed(tokens), jnp.asarray(positions), attend)
-    return self.logits(hidden)
+    return self.embed(tokens), jnp.asarray(positions), attend
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """`[batch, length, hidden_size]` embeddings, in the compute dtype."""
@@ -274,29 +352,44 @@ class Decoder(nnx.Module):
     attend: Attend,
     cache: Cache | None = None,
     index: jax.Array | int = 0,
+    memory_inputs: list[jax.Array] | None = None,
   ) -> tuple[jax.Array, Cache | None]:
-    """All layers, in one scan for each stretch between two memory layers; arguments as for `layer`."""
+    """All layers, in one scan for each stretch between two memory layers; arguments as for `layer`.
+
+    Args:
+      memory_inputs: a list that gets what each memory layer's memory is read with.
+    """
     config, lora_scale = self.config, self.layers.lora_scale
     rope = rope_tables(positions, config.head_dim, config.rope_theta)
 
-    def body(hidden, inputs):
-      params, layer_cache = inputs
-      return layer(params, hidden, rope, attend, config, lora_scale, layer_cache, index)
+    is_inside = self.memory_placement != "after"
 
-    if cache is None:
-      # Stacking a scan's residuals costs more than computing the cheap ones again: keep the projections, or nothing.
-      # prevent_cse: inside a scan nothing can be merged over steps anyway.
-      policies = jax.checkpoint_policies
-      keep = policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
-      body = jax.checkpoint(body, policy=keep, prevent_cse=False)
+    def body(hidden, inputs, memory=None):
+      params, layer_cache = inputs
+      return layer(params, hidden, rope, attend, config, lora_scale, layer_cache, index, memory, self.memory_placement)
+
     arrays = self.layers.arrays()
     caches = []
-    start = 0
-    for stop in sorted({number + 1 for number in self.memory_layers} | {config.num_layers}):
+    cuts = {0, config.num_layers} | {number + 1 for number in self.memory_layers}
+    cuts |= set(self.memory_layers) if is_inside else set()  # then the layer is a stretch of its own
+    for start, stop in itertools.pairwise(sorted(cuts)):
+      memory = self.memory_of(stop - 1)
+      run_layer = functools.partial(body, memory=memory if is_inside else None)
+      if cache is None:
+        # Stacking a scan's residuals costs more than computing the cheap ones again: keep the projections, or nothing.
+        # prevent_cse: inside a scan nothing can be merged over steps anyway.
+        policies = jax.checkpoint_policies
+        keep = policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
+        run_layer = jax.checkpoint(run_layer, policy=keep, prevent_cse=False)
       stretch = jax.tree.map(lambda x: x[start:stop], (arrays, cache))  # noqa: B023 (used at once)
-      hidden, new_cache = jax.lax.scan(body, hidden, stretch)
-      if self.memory is not None and stop - 1 in self.memory_layers:
-        hidden = self.memory(hidden)
+      if memory is not None and is_inside and memory_inputs is not None:
+        params, layer_cache = jax.tree.map(lambda x: x[0], stretch)
+        middle, _ = attention_part(params, hidden, rope, attend, config, lora_scale, layer_cache, index)
+        memory_inputs.append(rms_norm(middle, params["mlp_norm"], config.norm_eps))
+      hidden, new_cache = jax.lax.scan(run_layer, hidden, stretch)
+      if memory is not None and not is_inside:
+        if memory_inputs is not None:
+          memory_inputs.append(hidden)
+        hidden = memory(hidden)
       caches.append(new_cache)
-      start = stop
     return hidden, jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)

@@ -1,41 +1,55 @@
 """The task-agnostic key-value memory: slots that any layer may read, learned through the meta-gradient."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mftjax.errors import InputError
 from mftjax.types import at_least_f32
 
 NORM_EPS = 1e-6
+READS_AT_ONCE = 4  # rows that a step of `weighted_rows` adds up
 
 
 class MemoryParam(nnx.Param):
   """A parameter of the memory: a meta-parameter, which the inner steps leave alone."""
 
 
-class Memory(nnx.Module):
-  """`hidden + sum over heads of softmax(q_h keys_h / sqrt(key_dim)) values`, with q = rms_norm(hidden) W.
+class MemoryWrite(nnx.Param):
+  """What a task adds to the values of the slots that are open to it: `[num_rows, dim]` f32."""
 
-  The values start at zero, so a new memory is exactly the identity; keys and queries get a gradient once the
-  values have moved.
+
+class WrittenSlots(nnx.Variable):
+  """The slots that are open to writes: `[num_rows]` int32, ascending, none twice."""
+
+
+class Memory(nnx.Module):
+  """`hidden + sum over heads of gate_h softmax(q_h keys_h / (sqrt(key_dim) temperature_h)) values`.
+
+  Here q = rms_norm(hidden) W and gate = 2 sigmoid(rms_norm(hidden) G), or 1 when not `gated`. The values start at
+  zero, so a new memory is exactly the identity; all else gets a gradient once the values have moved.
 
   Args:
     num_slots: slots in all, at least 1; with `product_keys` a square number.
-    dim: width of the hidden states.
+    dim: width of the hidden states, and of each value: nothing is split over the heads.
     key_dim: width of a key; even with `product_keys`.
     num_heads: reads for each token, each with its own queries and keys; the values are shared.
-    top_k: the softmax goes over the k best slots only (all that tie with the k-th too); None = all.
+    top_k: the softmax goes over the k best slots only, of those that tie the first; None = all.
     product_keys: a slot's key is a pair of half keys out of two lists of sqrt(num_slots), so a read costs
       sqrt(num_slots) and not num_slots; needs `top_k`.
+    gated: whether each head has a gate that the token sets, between 0 and 2, at 1 when new.
+    temperature: where the learnable temperature of each head starts; above 0.
     rngs: its `params` stream draws keys and queries.
 
   Raises:
     InputError: sizes out of range.
 
-  Source: Large Memory Layers with Product Keys (Lample et al., 2019), Section 3.
+  Source: Large Memory Layers with Product Keys (Lample et al., 2019), Section 3; a gate that the token sets: Memory
+  Layers at Scale (Berges et al., 2024), Section 3, there one for each feature.
   """
 
   def __init__(
@@ -46,6 +60,8 @@ class Memory(nnx.Module):
     num_heads: int,
     top_k: int | None = None,
     product_keys: bool = False,
+    gated: bool = False,
+    temperature: float = 1.0,
     *,
     rngs: nnx.Rngs,
   ):
@@ -54,8 +70,10 @@ class Memory(nnx.Module):
         raise InputError(f"Memory {name} = {value} must be at least 1.")
     if top_k is not None and not 1 <= top_k <= num_slots:
       raise InputError(f"Memory top_k = {top_k} must lie in 1 .. num_slots = {num_slots}.")
+    if not 0 < temperature < math.inf:
+      raise InputError(f"Memory temperature = {temperature} must be above 0 and finite.")
     self.num_slots, self.dim, self.key_dim, self.num_heads = num_slots, dim, key_dim, num_heads
-    self.top_k, self.product_keys = top_k, product_keys
+    self.top_k, self.product_keys, self.gated = top_k, product_keys, gated
     key_shape: tuple[int, ...] = (num_heads, num_slots, key_dim)
     if product_keys:
       side = math.isqrt(num_slots)
@@ -69,33 +87,175 @@ class Memory(nnx.Module):
     self.query = MemoryParam(query)
     self.keys = MemoryParam(jax.random.normal(rngs.params(), key_shape))
     self.values = MemoryParam(jnp.zeros((num_slots, dim)))
+    self.log_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
+    if gated:
+      self.gate = MemoryParam(jnp.zeros((dim, num_heads)))
+    self.delta: MemoryWrite | None = nnx.data(None)
+    self.written: WrittenSlots | None = nnx.data(None)
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
     """`[..., dim]` hidden states with what the memory holds for them added; scores are computed in f32 or better."""
-    wide = hidden.astype(at_least_f32(hidden.dtype))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + NORM_EPS)
-    query = jnp.einsum("...d,dhk->...hk", normed, self.query[...]) * self.key_dim**-0.5
-    read = self._read_product(query, self.top_k) if self.product_keys and self.top_k else self._read_dense(query)
-    return hidden + read.astype(hidden.dtype)
+    return hidden + self.read(hidden)
 
-  def _read_dense(self, query: jax.Array) -> jax.Array:
-    """`[..., dim]` read for `[..., num_heads, key_dim]` queries, with a score for every slot."""
-    scores = jnp.einsum("...hk,hsk->...hs", query, self.keys[...])
-    if self.top_k is not None:
-      threshold = jax.lax.top_k(scores, self.top_k)[0][..., -1:]
-      scores = jnp.where(scores >= threshold, scores, -jnp.inf)
-    return jnp.einsum("...hs,sd->...d", jax.nn.softmax(scores, axis=-1), self.values[...])
+  def read(self, hidden: jax.Array) -> jax.Array:
+    """`[..., dim]` what the memory holds for `[..., dim]` hidden states: the sum over heads and slots."""
+    slots, weights = self._lookup(hidden)
+    rows = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)  # [tokens, heads * k]
+    read = self._read_all(jnp.sum(weights, axis=0)) if slots is None else self._read_rows(rows(weights), rows(slots))
+    return read.astype(hidden.dtype).reshape(hidden.shape)
 
-  def _read_product(self, query: jax.Array, top_k: int) -> jax.Array:
-    """The same for product keys: the k best of a sum are among the k best of each half."""
+  def lookup(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The slots that each token reads, and how much of each.
+
+    Args:
+      hidden: `[..., dim]`.
+
+    Returns:
+      slots `[..., num_heads, k]` int32, best first, and their weights `[..., num_heads, k]` f32 (f64 in f64), gate
+      included; k is `top_k`. Without `top_k` it is every slot in its own order. The read is the sum of weights *
+      values[slots].
+    """
+    slots, weights = self._lookup(hidden)
+    if slots is None:
+      slots = jnp.broadcast_to(jnp.arange(self.num_slots, dtype=jnp.int32), weights.shape)
+    shaped = lambda x: jnp.moveaxis(x, 0, 1).reshape(*hidden.shape[:-1], self.num_heads, -1)
+    return shaped(slots), shaped(weights)
+
+  def queries(self, hidden: jax.Array) -> jax.Array:
+    """`[num_heads, tokens, key_dim]` queries of `[..., dim]` hidden states, before they are scaled."""
+    return jnp.einsum("nd,dhk->hnk", self._normed(hidden), self.query[...])
+
+  def usage(self, hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """How often each slot is read.
+
+    Args:
+      hidden: `[..., dim]`.
+      mask: `[...]` tokens that count; all when left out.
+
+    Returns:
+      `[num_slots]` f32 number of reads, over tokens and heads. Without `top_k` each read is of every slot.
+    """
+    slots, _ = self._lookup(hidden)
+    tokens = jnp.ones(hidden.shape[:-1]) if mask is None else jnp.asarray(mask)
+    tokens = tokens.reshape(-1).astype(jnp.float32)
+    if slots is None:
+      return jnp.full(self.num_slots, self.num_heads * jnp.sum(tokens))
+    return jnp.zeros(self.num_slots).at[slots].add(tokens[None, :, None])
+
+  def open(self, num_rows: int) -> None:
+    """Makes the first slots writable: from now on a read of slot `written[i]` gives `values + delta[i]`.
+
+    `delta` `[num_rows, dim]` starts at zero and is all that a task trains. Other slots are opened by assigning
+    `written[...]` (see `slots.most_specific`). What an earlier opening wrote is folded into the values.
+
+    Raises:
+      InputError: `num_rows` is not in 1 .. num_slots.
+    """
+    if not 1 <= num_rows <= self.num_slots:
+      raise InputError(f"Memory num_rows = {num_rows} must lie in 1 .. num_slots = {self.num_slots}.")
+    self.fold()
+    self.delta = MemoryWrite(jnp.zeros((num_rows, self.dim)))
+    self.written = WrittenSlots(jnp.arange(num_rows, dtype=jnp.int32))
+
+  def fold(self) -> None:
+    """Adds what was written to the values, and starts the next write at zero; nothing when no slot is open."""
+    if self.delta is not None and self.written is not None:
+      self.values[...], self.delta[...] = fold(self.values[...], self.written[...], self.delta[...])
+
+  def _normed(self, hidden: jax.Array) -> jax.Array:
+    """`[tokens, dim]`, each of root mean square 1, in f32 or better."""
+    wide = hidden.astype(at_least_f32(hidden.dtype)).reshape(-1, self.dim)
+    return wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + NORM_EPS)
+
+  def _lookup(self, hidden: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Slots (None = all of them) and weights, each `[num_heads, tokens, k]`: heads first is what products like."""
+    query = self.queries(hidden) * self.key_dim**-0.5
+    slots = None
+    if self.product_keys and self.top_k:
+      scores, slots = self._best_pairs(query, self.top_k)
+    else:
+      scores = jnp.einsum("hnk,hsk->hns", query, self.keys[...])
+      if self.top_k is not None:
+        scores, slots = jax.lax.top_k(scores, self.top_k)
+    weights = jax.nn.softmax(scores * jnp.exp(-self.log_temperature[...])[:, None, None], axis=-1)
+    if self.gated:
+      weights *= 2 * jax.nn.sigmoid(self._normed(hidden) @ self.gate[...]).T[:, :, None]
+    return slots, weights
+
+  def _best_pairs(self, query: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """Scores and slots `[num_heads, tokens, top_k]` of the best sums of two half keys' scores."""
     side = self.keys.shape[2]
     num_best = min(top_k, side)
-    first, second = jnp.split(query, 2, axis=-1)
-    first_scores, first_index = jax.lax.top_k(jnp.einsum("...hk,hsk->...hs", first, self.keys[0]), num_best)
-    second_scores, second_index = jax.lax.top_k(jnp.einsum("...hk,hsk->...hs", second, self.keys[1]), num_best)
-    pairs = (*query.shape[:-1], num_best**2)
-    scores = (first_scores[..., :, None] + second_scores[..., None, :]).reshape(pairs)
-    slots = (first_index[..., :, None] * side + second_index[..., None, :]).reshape(pairs)
-    best_scores, best = jax.lax.top_k(scores, top_k)
-    best_slots = jnp.take_along_axis(slots, best, axis=-1)
-    return jnp.einsum("...hs,...hsd->...d", jax.nn.softmax(best_scores, axis=-1), self.values[...][best_slots])
+    halves = zip(jnp.split(query, 2, axis=-1), self.keys[...], strict=True)
+    best = [jax.lax.top_k(jnp.einsum("hnk,hsk->hns", half, keys), num_best) for half, keys in halves]
+    (first_scores, first), (second_scores, second) = best
+    # The pair of the i-th and the j-th best is no better than the (i + 1)(j + 1) - 1 pairs of those before them.
+    rank = np.arange(1, num_best + 1)
+    i, j = np.nonzero(np.outer(rank, rank) <= top_k)
+    scores, place = jax.lax.top_k(first_scores[..., i] + second_scores[..., j], top_k)
+    return scores, jnp.take_along_axis(first[..., i] * side + second[..., j], place, axis=-1)
+
+  def _read_all(self, weights: jax.Array) -> jax.Array:
+    """`[tokens, dim]` read with a weight for each slot, `[tokens, num_slots]`."""
+    read = weights @ self.values[...]
+    if self.delta is None or self.written is None:
+      return read
+    is_all = len(self.delta) == self.num_slots
+    return read + (weights if is_all else weights[:, self.written[...]]) @ self.delta[...]
+
+  def _read_rows(self, weights: jax.Array, slots: jax.Array) -> jax.Array:
+    """`[tokens, dim]` read of the slots `[tokens, reads]` with their weights."""
+    read = weighted_rows(self.values[...], weights, slots)
+    if self.delta is None or self.written is None:
+      return read
+    if len(self.delta) == self.num_slots:  # then slot and row are the same
+      return read + weighted_rows(self.delta[...], weights, slots)
+    written = self.written[...]
+    rows = jnp.minimum(jnp.searchsorted(written, slots), len(written) - 1)
+    return read + weighted_rows(self.delta[...], jnp.where(written[rows] == slots, weights, 0.0), rows)
+
+
+def fold(values: jax.Array, written: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The values `[num_slots, dim]` with `delta` `[num_rows, dim]` added at the slots `written`, and the next delta, 0.
+
+  Pure, for states that are carried; `Memory.fold` does it in place.
+  """
+  return values.at[written].add(delta), jnp.zeros_like(delta)
+
+
+@jax.custom_jvp
+def weighted_rows(table: jax.Array, weights: jax.Array, rows: jax.Array) -> jax.Array:
+  """`sum over r of weights[:, r] table[rows[:, r]]`, `[tokens, dim]`, from a table too large to be gone through.
+
+  In a loop over a few reads at a time: all rows at once, `[tokens, reads, dim]`, take 15 times as long on a CPU.
+
+  Args:
+    table: `[num_rows, dim]`.
+    weights: `[tokens, reads]`.
+    rows: `[tokens, reads]` int, within the table.
+  """
+  padding = ((0, 0), (0, -weights.shape[1] % READS_AT_ONCE))
+  groups = [jnp.pad(x, padding).T.reshape(-1, READS_AT_ONCE, len(x)) for x in (weights, rows)]
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)  # else the gradient keeps every row that was read
+  def add_group(total, group):
+    for weight, row in zip(*group, strict=True):
+      total += weight[:, None] * table.at[row].get(mode="promise_in_bounds")
+    return total, None
+
+  dtype = jnp.result_type(table, weights)
+  return jax.lax.scan(add_group, jnp.zeros((len(weights), table.shape[1]), dtype), groups)[0]
+
+
+@functools.partial(weighted_rows.defjvp, symbolic_zeros=True)
+def _weighted_rows_jvp(primals, tangents):
+  table, weights, rows = primals
+  table_dot, weights_dot, _ = tangents
+  out = weighted_rows(table, weights, rows)
+  out_dot = jnp.zeros_like(out)
+  if not isinstance(weights_dot, jax.custom_derivatives.SymbolicZero):
+    out_dot += weighted_rows(table, weights_dot, rows)
+  if not isinstance(table_dot, jax.custom_derivatives.SymbolicZero):
+    # The loop's transpose would add a whole table for each of its steps; this one's is a single scatter.
+    out_dot += jnp.einsum("nr,nrd->nd", weights, table_dot.at[rows].get(mode="promise_in_bounds"))
+  return out, out_dot

@@ -12,9 +12,9 @@ import safetensors.numpy
 from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
-from mftjax.models import gguf_tokenizer, lora
+from mftjax.models import gguf_tokenizer, lora, slots
 from mftjax.models.decoder import FAMILIES, Decoder, DecoderConfig, layer_shapes
-from mftjax.models.memory import Memory, MemoryParam
+from mftjax.models.memory import Memory
 
 # our name of a layer's parameter -> name in transformers, name in GGUF
 LAYER_NAMES = {
@@ -37,6 +37,7 @@ TOP_NAMES = {
   "final_norm": ("model.norm.weight", "output_norm.weight"),
   "head": ("lm_head.weight", "output.weight"),
 }
+MEMORY_SETTINGS = ("num_slots", "dim", "key_dim", "num_heads", "top_k", "product_keys", "gated")
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -305,12 +306,20 @@ def _config_from_gguf(fields: Mapping[str, Any], tensors: Mapping, dtype: Any, w
 
 
 def _save_memory(model: Decoder, file: Path) -> None:
-  memory = model.memory
-  settings = {
-    name: getattr(memory, name) for name in ("num_slots", "dim", "key_dim", "num_heads", "top_k", "product_keys")
+  memories = [model.memory] if isinstance(model.memory, Memory) else list(model.memory)
+  settings: list[dict[str, Any]] = []
+  tensors: dict[str, np.ndarray] = {}
+  for number, memory in enumerate(nnx.clone(memories)):
+    memory.fold()
+    settings.append({name: getattr(memory, name) for name in MEMORY_SETTINGS})
+    arrays = {name: x for name, x in slots.state(memory).items() if name not in ("delta", "written")}
+    prefix = "" if model.memory is memories[0] else f"{number}."
+    tensors |= {prefix + name: value for name, value in arrays.items()}
+  metadata = {
+    "settings": json.dumps(settings[0] if model.memory is memories[0] else settings),
+    "layers": json.dumps(model.memory_layers),
+    "placement": json.dumps(model.memory_placement),
   }
-  tensors = {name: np.asarray(getattr(memory, name)[...]) for name in ("query", "keys", "values")}
-  metadata = {"settings": json.dumps(settings), "layers": json.dumps(model.memory_layers)}
   safetensors.numpy.save_file(tensors, file, metadata=metadata)
 
 
@@ -319,7 +328,15 @@ def _load_memory(model: Decoder, file: Path) -> None:
     metadata = opened.metadata() or {}
     if not {"settings", "layers"} <= set(metadata):
       raise InputError(f"{file} was not written by mftjax: its metadata lacks settings and layers.")
-    memory = Memory(**json.loads(metadata["settings"]), rngs=nnx.Rngs(0))
-    for name in ("query", "keys", "values"):
-      setattr(memory, name, MemoryParam(jnp.asarray(opened.get_tensor(name))))
-  model.attach_memory(memory, json.loads(metadata["layers"]))
+    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+  settings = json.loads(metadata["settings"])
+  memories = [Memory(**one, rngs=nnx.Rngs(0)) for one in (settings if isinstance(settings, list) else [settings])]
+  for number, memory in enumerate(memories):
+    prefix = f"{number}." if isinstance(settings, list) else ""
+    arrays = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    # Files of before there were temperatures hold none.
+    slots.load(memory, {"log_temperature": np.zeros(memory.num_heads)} | arrays)
+  placement = json.loads(metadata.get("placement", '"after"'))
+  model.attach_memory(
+    memories if isinstance(settings, list) else memories[0], json.loads(metadata["layers"]), placement
+  )

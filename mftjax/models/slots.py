@@ -1,0 +1,164 @@
+"""The slots of a memory: which are read and which to write, reviving dead ones, spreading and storing them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mftjax.errors import InputError, unknown_name
+from mftjax.models.memory import Memory
+
+SPLIT = ("values", "delta")  # the parameters that `shardings` splits
+
+
+def tf_idf(counts: jax.Array, background: jax.Array) -> jax.Array:
+  """How much each slot belongs to a task: high for slots that it reads often and that other data seldom read.
+
+  Args:
+    counts: `[num_slots]` reads on the task's data (`Memory.usage`).
+    background: `[num_background, num_slots]` the same for each batch of other data; no batch at all ranks every
+      slot the same, by log 1 = 0.
+
+  Returns:
+    `[num_slots]` f32: counts / sum(counts) * log((B + 1) / (batches of the background that read the slot + 1)), with
+    B = num_background.
+
+  Source: Continual Learning via Sparse Memory Finetuning (Lin et al., 2025), Section 3.
+  """
+  num_reading = jnp.sum(background > 0, axis=0)
+  frequency = counts / jnp.maximum(jnp.sum(counts), 1.0)
+  return frequency * jnp.log((len(background) + 1) / (num_reading + 1))
+
+
+def most_specific(scores: jax.Array, num_rows: int) -> jax.Array:
+  """The `num_rows` slots of the highest scores, `[num_rows]` int32 ascending: what `Memory.written` takes.
+
+  Raises:
+    InputError: `num_rows` is not in 1 .. num_slots.
+  """
+  if not 1 <= num_rows <= len(scores):
+    raise InputError(f"num_rows = {num_rows} must lie in 1 .. num_slots = {len(scores)}.")
+  return jnp.sort(jax.lax.top_k(scores, num_rows)[1]).astype(jnp.int32)
+
+
+def open_most_specific(memory: Memory, counts: jax.Array, background: jax.Array) -> None:
+  """Opens a memory to as many slots as before, now those of the highest `tf_idf`, in place; `delta` must be zero.
+
+  Args:
+    memory: that is open to some slots (`Memory.open`), and folded.
+    counts, background: as of `tf_idf`.
+
+  Raises:
+    InputError: the memory is open to none.
+  """
+  if memory.delta is None or memory.written is None:
+    raise InputError("The memory is open to no slot: call its `open(num_rows)` first.")
+  memory.written[...] = most_specific(tf_idf(counts, background), len(memory.delta))
+
+
+def revive(memory: Memory, counts: jax.Array, hidden: jax.Array, *, rngs: nnx.Rngs) -> None:
+  """Gives slots that are never read keys at which they are: the queries of hidden states that were seen, in place.
+
+  A dead slot is one with count 0; with product keys, a half key none of whose slots was read. Each gets the direction
+  of a random state's query, at the length of the longest living key of its head, so that this state scores it at
+  least as high as any living one. Its value had no meaning and becomes zero: it adds nothing until it has learned.
+
+  Args:
+    memory: changed in place.
+    counts: `[num_slots]` reads (`Memory.usage`).
+    hidden: `[..., dim]` states that were seen, at least one; no state is drawn twice while there are enough.
+    rngs: its `params` stream draws the states.
+
+  Raises:
+    InputError: counts of another size than num_slots.
+
+  Source: random restarts of a codebook, Jukebox (Dhariwal et al., 2020), Section 3.1; there a usage below a threshold.
+  """
+  if counts.shape != (memory.num_slots,):
+    raise InputError(f"counts {counts.shape} must be one for each slot: ({memory.num_slots},).")
+  queries = memory.queries(hidden)
+  if not memory.product_keys:
+    dead = counts == 0
+    memory.keys[...] = _revived_keys(memory.keys[...], dead, queries, rngs)
+  else:
+    side = math.isqrt(memory.num_slots)
+    table = counts.reshape(side, side)
+    dead_halves = [jnp.sum(table, axis=axis) == 0 for axis in (1, 0)]
+    parts = zip(memory.keys[...], dead_halves, jnp.split(queries, 2, axis=-1), strict=True)
+    memory.keys[...] = jnp.stack([_revived_keys(*part, rngs) for part in parts])
+    dead = (dead_halves[0][:, None] | dead_halves[1][None, :]).reshape(-1)
+  memory.values[...] = jnp.where(dead[:, None], 0.0, memory.values[...])
+  if memory.delta is not None and memory.written is not None:
+    memory.delta[...] = jnp.where(dead[memory.written[...]][:, None], 0.0, memory.delta[...])
+
+
+def _revived_keys(keys: jax.Array, dead: jax.Array, queries: jax.Array, rngs: nnx.Rngs) -> jax.Array:
+  """Keys `[num_heads, n, width]` whose `dead` `[n]` ones are at random queries out of `[num_heads, tokens, width]`."""
+  order = jax.random.permutation(rngs.params(), queries.shape[1])
+  drawn = queries[:, order[(jnp.cumsum(dead) - 1) % len(order)]]
+  norm = lambda x: jnp.linalg.norm(x, axis=-1, keepdims=True)
+  longest = jnp.max(jnp.where(dead[None, :, None], 0.0, norm(keys)), axis=1, keepdims=True)
+  longest = jnp.where(jnp.all(dead), math.sqrt(keys.shape[-1]), longest)  # that of a new key
+  return jnp.where(dead[None, :, None], drawn / jnp.maximum(norm(drawn), 1e-30) * longest, keys)
+
+
+def shardings(memory: Memory | nnx.State, mesh: Mesh, axis: str) -> nnx.State:
+  """How a memory lies on many devices: each holds a part of every value's width, and looks that part up.
+
+  Args:
+    memory: the memory, or the state of it.
+    mesh, axis: the devices, and the axis of theirs that the width is split over.
+
+  Returns:
+    The state's structure with a `NamedSharding` for each array, for `jax.device_put` or `jax.jit`: values and delta
+    are split along `dim`, all else is on every device.
+
+  Raises:
+    InputError: `dim` does not divide by the size of the axis.
+
+  Source: the parallel memory of Memory Layers at Scale (Berges et al., 2024), Section 3.
+  """
+  size = mesh.shape[axis]
+
+  def sharding(path, leaf):
+    is_split = any(getattr(entry, "key", getattr(entry, "name", None)) in SPLIT for entry in path)
+    if is_split and leaf.shape[-1] % size:
+      raise InputError(f"Memory dim = {leaf.shape[-1]} does not divide over the {size} devices of the axis {axis!r}.")
+    return NamedSharding(mesh, PartitionSpec(None, axis) if is_split else PartitionSpec())
+
+  tree = nnx.state(memory) if isinstance(memory, Memory) else memory
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def state(memory: Memory) -> dict[str, np.ndarray]:
+  """Name -> array of each parameter of the memory, written slots included: what `load` takes."""
+  return {name: np.asarray(variable[...]) for name, variable in _variables(memory).items()}
+
+
+def load(memory: Memory, arrays: Mapping[str, Any]) -> None:
+  """Puts the arrays that `state` gave into a memory of the same shape, in place.
+
+  Raises:
+    InputError: a parameter that is missing or that the memory does not have, or one of another shape; nothing has
+      changed then.
+  """
+  variables = _variables(memory)
+  for name in arrays:
+    if name not in variables:
+      raise unknown_name("parameter of the memory", name, variables)
+  for name, variable in variables.items():
+    if name not in arrays:
+      raise InputError(f"The memory's parameter {name} {variable.shape} is missing; given: {', '.join(arrays)}.")
+    if np.shape(arrays[name]) != variable.shape:
+      raise InputError(f"The memory's parameter {name} is {variable.shape}, but the one to load {arrays[name].shape}.")
+  for name, variable in variables.items():
+    variable[...] = jnp.asarray(arrays[name], variable.dtype)
+
+
+def _variables(memory: Memory) -> dict[str, nnx.Variable]:
+  return {name: value for name, value in vars(memory).items() if isinstance(value, nnx.Variable)}

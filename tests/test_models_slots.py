@@ -1,0 +1,184 @@
+"""The slots of a memory: ranking, reviving, spreading over devices, in and out as arrays."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from mftjax.errors import InputError
+from mftjax.models import Memory, slots
+from tests.test_models_memory import add_read, filled, opened, states
+
+usage = nnx.jit(lambda memory, hidden: memory.usage(hidden))
+
+
+def test_tf_idf_by_hand():
+  counts = np.asarray([6.0, 2.0, 0.0, 2.0])
+  background = np.asarray([[5, 0, 1, 0], [1, 3, 0, 0], [9, 0, 0, 0]])
+  want = [0.6 * np.log(4 / 4), 0.2 * np.log(4 / 2), 0.0, 0.2 * np.log(4 / 1)]
+  np.testing.assert_allclose(slots.tf_idf(counts, background), want, atol=1e-6)
+
+
+def test_slots_that_only_the_task_reads_are_the_most_specific():
+  memory = Memory(64, 12, 4, 2, top_k=3, rngs=nnx.Rngs(0))
+  task, other = states(0, 6), [states(seed, 4) for seed in (1, 2)]
+  counts, background = np.asarray(usage(memory, task)), np.stack([usage(memory, x) for x in other])
+  own = np.flatnonzero((counts > 0) & (background.sum(0) == 0))
+  assert len(own) >= 2
+  found = slots.most_specific(slots.tf_idf(counts, background), len(own))
+  assert found.dtype == jnp.int32
+  want = np.log(3 / (1 + (background > 0).sum(0))) * counts / counts.sum()
+  np.testing.assert_array_equal(found, np.sort(np.argsort(-want, kind="stable")[: len(own)]))
+  np.testing.assert_array_equal(slots.most_specific(jnp.zeros(4), 4), np.arange(4))
+
+
+def test_counts_of_nothing_rank_nothing():
+  assert not np.asarray(slots.tf_idf(np.zeros(4), np.ones((2, 4)))).any()
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_revived_slots_are_read(num_heads):
+  """Half of the keys are made too short to be read; each state has a slot of its own after that."""
+  memory = Memory(12, 12, 4, num_heads, top_k=2, rngs=nnx.Rngs(0))
+  memory.values[...] = jnp.ones((12, 12))
+  memory.keys[...] = memory.keys[...].at[:, ::2].set(0.0).at[:, 1::2].add(1.0)
+  hidden = states(0, 40)
+  counts = np.asarray(usage(memory, hidden)).copy()
+  dead = counts == 0
+  dead[0], counts[0] = True, 0  # one slot at least
+  before = jax.tree.map(np.asarray, slots.state(memory))
+  slots.revive(memory, jnp.asarray(counts), hidden, rngs=nnx.Rngs(1))
+  assert (np.asarray(usage(memory, hidden))[dead] > 0).all()
+  np.testing.assert_array_equal(memory.keys[...][:, ~dead], before["keys"][:, ~dead])
+  np.testing.assert_array_equal(memory.values[...], np.where(dead[:, None], 0.0, before["values"]))
+
+
+def test_revived_half_keys_are_read():
+  memory = Memory(36, 12, 8, 2, top_k=3, product_keys=True, rngs=nnx.Rngs(0))
+  memory.values[...] = jnp.ones((36, 12))
+  memory.keys[...] = memory.keys[...].at[0, :, 1].set(-30.0).at[1, :, 4].set(-30.0)
+  memory.query[...] = jnp.abs(memory.query[...])
+  hidden = np.abs(states(0, 30))  # queries are positive, so those halves are never the best
+  table = lambda: np.asarray(usage(memory, hidden)).reshape(6, 6)
+  counts = table()
+  dead = [counts.sum(1) == 0, counts.sum(0) == 0]
+  assert dead[0][1] and dead[1][4]
+  before = np.asarray(memory.keys[...])
+  slots.revive(memory, jnp.asarray(counts.reshape(-1)), hidden, rngs=nnx.Rngs(1))
+  after = table()
+  assert (after.sum(1)[dead[0]] > 0).all() and (after.sum(0)[dead[1]] > 0).all()
+  np.testing.assert_array_equal(memory.keys[0][:, ~dead[0]], before[0][:, ~dead[0]])
+  np.testing.assert_array_equal(memory.keys[1][:, ~dead[1]], before[1][:, ~dead[1]])
+  is_dead = (dead[0][:, None] | dead[1][None]).reshape(-1)
+  np.testing.assert_array_equal(memory.values[...][:, 0], np.where(is_dead, 0.0, 1.0))
+
+
+def test_reviving_forgets_what_was_written_on_a_dead_slot():
+  memory = opened([2, 5], top_k=3)
+  written = np.asarray(memory.delta[...])
+  slots.revive(memory, jnp.ones(9).at[5].set(0.0), states(0, 4), rngs=nnx.Rngs(1))
+  np.testing.assert_array_equal(memory.delta[...], written * [[1], [0]])
+
+
+def test_a_memory_with_no_living_slot_is_revived_whole():
+  memory = filled(top_k=3)
+  slots.revive(memory, jnp.zeros(9), states(0, 20), rngs=nnx.Rngs(1))
+  np.testing.assert_allclose(np.linalg.norm(memory.keys[...], axis=-1), 2.0, atol=1e-5)  # sqrt(key_dim)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4, "product_keys": True, "gated": True}])
+def test_arrays_go_out_and_in_again(options):
+  memory, other = opened([2, 5], **options), opened([0, 1], seed=1, **options)
+  slots.load(other, slots.state(memory))
+  np.testing.assert_array_equal(add_read(other, states(0, 4)), add_read(memory, states(0, 4)))
+  assert set(slots.state(memory)) >= {"query", "keys", "values", "log_temperature", "delta", "written"}
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (lambda arrays: arrays | {"values": np.zeros((8, 12))}, r"values is \(9, 12\), but the one to load \(8, 12\)"),
+    (lambda arrays: arrays | {"delta": np.zeros((3, 12))}, r"delta is \(2, 12\), but the one to load \(3, 12\)"),
+    (lambda arrays: arrays | {"value": np.zeros(3)}, "Did you mean 'values'"),
+    (lambda arrays: {name: x for name, x in arrays.items() if name != "keys"}, r"keys \(2, 9, 4\) is missing"),
+  ],
+)
+def test_arrays_of_another_memory_are_named_and_change_nothing(change, words):
+  memory, other = opened([2, 5]), opened([2, 5], seed=1)
+  with pytest.raises(InputError, match=words):
+    slots.load(memory, change(slots.state(other)))
+  np.testing.assert_array_equal(memory.query[...], filled().query[...])
+
+
+@pytest.mark.parametrize(
+  ("act", "words"),
+  [
+    (lambda: slots.most_specific(jnp.zeros(4), 5), r"num_rows = 5 must lie in 1 \.\. num_slots = 4"),
+    (lambda: slots.revive(filled(), jnp.zeros(8), states(0, 4), rngs=nnx.Rngs(0)), r"\(8,\).*\(9,\)"),
+  ],
+)
+def test_bad_input_is_named(act, words):
+  with pytest.raises(InputError, match=words):
+    act()
+
+
+def test_one_device_holds_everything():
+  mesh = jax.make_mesh((1,), ("model",), (AxisType.Auto,))
+  memory = opened([2, 5], top_k=3)
+  found = slots.shardings(memory, mesh, "model")
+  assert jax.tree.structure(found) == jax.tree.structure(nnx.state(memory))
+  specs = {path[0].key: leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+  split = {name for name, spec in specs.items() if tuple(spec) == (None, "model")}
+  assert split == {"values", "delta"} and len(specs) == 6
+
+
+PROGRAM = """
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+
+from mftjax import models
+from mftjax.errors import InputError
+from tests.test_models_memory import opened, states
+
+mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,))
+hidden, errors = states(0, 6), {}
+for name, options in {"dense": {}, "best": {"top_k": 3}, "product": {"top_k": 3, "product_keys": True}}.items():
+  graphdef, state = nnx.split(opened([2, 5], **options))
+  spread = jax.device_put(state, models.slots.shardings(state, mesh, "model"))
+  shards = [shard.data.shape for shard in spread["values"][...].addressable_shards]
+  apply = jax.jit(lambda state: nnx.merge(graphdef, state)(hidden))
+  errors[name] = float(np.abs(np.asarray(apply(spread)) - np.asarray(apply(state))).max())
+  assert shards == [(9, 3)] * 4, shards
+  assert {s.data.shape for s in spread["delta"][...].addressable_shards} == {(2, 3)}
+  assert all(s.data.shape == spread["keys"][...].shape for s in spread["keys"][...].addressable_shards)
+try:
+  models.slots.shardings(models.Memory(4, 6, 4, 1, rngs=nnx.Rngs(0)), mesh, "model")
+except InputError as error:
+  errors["message"] = str(error)
+print(json.dumps(errors))
+"""
+
+
+@pytest.mark.slow
+def test_four_devices_hold_a_quarter_of_the_values_and_give_the_same():
+  """In a process of its own: the number of devices of a CPU must be set before JAX starts."""
+  root = Path(__file__).parents[1]
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+  done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | flags, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  errors = json.loads(done.stdout)
+  assert "dim = 6 does not divide over the 4 devices of the axis 'model'" in errors.pop("message")
+  assert len(errors) == 3 and max(errors.values()) < 1e-5, errors
