@@ -30,6 +30,7 @@ DEFAULTS: dict[str, float] = {
   "learning_rate_attention": 1.0,
   "learning_rate_mlp": 1.0,
   "learning_rate_norm": 1.0,
+  "learning_rate_memory": 1.0,
   "lora_scale": 1.0,  # multiplies alpha / rank
 }
 
@@ -43,6 +44,7 @@ GROUPS = {
   "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
   "mlp": ("gate_proj", "up_proj", "down_proj"),
   "norm": ("norm",),
+  "memory": ("query", "keys", "values", "delta", "gate", "log_temperature"),
 }
 
 
@@ -76,6 +78,27 @@ def row_losses(
   total = mask.sum(axis=1)
   # `where`, not `maximum`, which halves the derivative in the prompt's weight where a row has a single target.
   return (nll * mask).sum(axis=1) / jnp.where(total >= 1, total, 1.0), total
+
+
+def exact_matches(logits: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax.Array]:
+  """How many of the examples of each row are answered exactly, each target being the likeliest token.
+
+  The targets stand in the row, so an example counts exactly if greedy generation would give its very completion, up to
+  the end-of-sequence token.
+
+  Args:
+    logits: `[batch, length, vocab]`; position l predicts token l + 1.
+    batch: rows of tokens; targets as of `row_losses`. Examples are the row's segments that have a target.
+
+  Returns:
+    `[batch]` f32 examples answered exactly, and `[batch]` f32 examples.
+  """
+  segments = batch.segment_ids[:, 1:]
+  is_target = (segments == batch.segment_ids[:, :-1]) & (segments > 0) & (batch.loss_mask[:, 1:] > 0)
+  is_wrong = is_target & (jnp.argmax(logits[:, :-1], axis=-1) != batch.tokens[:, 1:])
+  count = jax.vmap(lambda flags, ids: jax.ops.segment_sum(flags.astype(jnp.float32), ids, logits.shape[1]))
+  has_target, has_wrong = count(is_target, segments) > 0, count(is_wrong, segments) > 0
+  return jnp.sum(has_target & ~has_wrong, axis=1, dtype=jnp.float32), jnp.sum(has_target, axis=1, dtype=jnp.float32)
 
 
 def mixture_at(mixture_logits: jax.Array, progress: jax.Array) -> jax.Array:

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import features, metagrad, models, objectives, sft, spaces, types
+from mftjax import features, metagrad, models, objectives, spaces, types
 from mftjax.data import family_pools, meta_tasks, tokens
+from mftjax.loops import base_model as base_model_lib
 from mftjax.loops import many_tasks
 from mftjax.loops import task as task_lib
 
@@ -209,26 +210,8 @@ def _train_base(model: many_tasks.Model, pools: meta_tasks.Pools, config: ml_col
   known = [i for i, name in enumerate(pools.names) if is_known(name)]
   wrong = [i for i, name in enumerate(pools.names) if name.endswith("/corrupted")]
   shown = jnp.asarray(4 * known + wrong)
-  steps, size, apply = config.tasks.base_steps, 32, lambda params, memory, batch: model.apply(params, batch)
-  uniform = {"mixture_logits": jnp.zeros(1), "memory": None}
-  values = {"learning_rate": jnp.float32(5e-3)}
-  loss = lambda params, _, batch, rng: sft.inner_loss(apply, params, uniform, batch)
-  problem = metagrad.Problem(loss, loss, lambda _: sft.optimizer(values, steps))
-
-  @jax.jit
-  def train(params, key):
-    def draw(key):
-      pool_key, row_key = jax.random.split(key)
-      pool = jax.random.choice(pool_key, shown, (size,))
-      row = jax.random.randint(row_key, (size,), 0, pools.train["tokens"].shape[1])
-      fields = {name: array[pool, row] for name, array in pools.train.items()}
-      return types.Batch(**fields, source=jnp.zeros(size, jnp.int32), proposal=jnp.ones(size))
-
-    keys = jax.random.split(key, steps)
-    state = metagrad.init(problem, None, params)
-    return metagrad.run(problem, None, state, jax.vmap(draw)(keys), keys)[0].params
-
-  return train(model.params, jax.random.key(config.seed))
+  key = jax.random.key(config.seed)
+  return base_model_lib.train(model.apply, model.params, pools.train, shown, config.tasks.base_steps, 32, key)
 
 
 def _references(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Scale]:

@@ -1,0 +1,64 @@
+"""Sequences of tasks, learnt one after another by methods against forgetting.
+
+python -m experiments.continual --config=configs/continual.py:small --workdir=runs/continual
+"""
+
+from mftjax import config as config_lib
+
+
+def get_config(variant="small"):
+  config = config_lib.default()
+  config.task = "continual"
+  config.learner.kind = "meta"
+  config.length = 28
+  config.batch_size = 8
+  config.budget_tokens = 48 * 8 * 28  # of each task
+  config.model.hidden_size = 48
+  config.model.num_layers = 3
+  config.model.num_heads = 3
+  config.lora.rank = 8
+  config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+  config.memory.num_slots = 128**2
+  config.memory.product_keys = True
+  config.memory.key_dim = 16
+  config.memory.num_heads = 8
+  config.memory.top_k = 4
+  config.memory.temperature = 0.5
+  config.memory.layers = (0,)
+  config.meta.unroll_length = 1  # not used: an episode is one unroll
+  config.meta.hyperparameter_learning_rate = 0.03
+  del config.hyperparameters["b1"], config.hyperparameters["weight_decay"]
+  config_lib.learned("learning_rate", config, 1.0, 1e3, value=100.0)
+  config_lib.learned("eps", config, 1e-3, 1e2, value=1.0)
+  config.checkpoint_every = 64
+  if variant == "tiny":
+    config.budget_tokens = 4 * 8 * 28
+    config.model.hidden_size = 16
+    config.model.num_layers = 1
+    config.model.num_heads = 1
+    config.lora.rank = 2
+    config.memory.num_slots = 64
+    config.memory.num_heads = 2
+    config.memory.key_dim = 4
+    config.continual.kinds = ("rule", "facts", "code")
+    config.continual.num_sequences = 2
+    config.continual.num_validation = 1
+    config.continual.num_trials = 2
+    config.continual.at_once = 2
+    config.continual.train_rows = 20
+    config.continual.test_rows = 4
+    config.continual.base_rows = 32
+    config.continual.base_steps = 4
+    config.continual.written_rows = 8
+    config.retention.outer_steps = 2
+    config.retention.episodes = 2
+    config.retention.tasks_per_episode = 2
+    config.retention.steps_per_task = 2
+    config.retention.num_sequences = 4
+    config.retention.test_rows = 2
+    config.retention.base_rows = 4
+    config.retention.written_rows = 16
+    config.checkpoint_every = 3
+  elif variant != "small":
+    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, tiny.")
+  return config

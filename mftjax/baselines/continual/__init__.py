@@ -1,0 +1,20 @@
+"""Methods against forgetting, by name; each is a `Method`, one file each."""
+
+from mftjax.baselines.continual import agem, ewc, joint, l2sp, lwf, memory, merging, olora, replay, sequential
+from mftjax.baselines.continual.method import Method, Setup, Task, Weights, sft_loss
+
+METHODS: dict[str, Method] = {
+  "sequential full": sequential.FULL,
+  "sequential LoRA": sequential.LORA,
+  "L2-SP": l2sp.METHOD,
+  "EWC": ewc.METHOD,
+  "LwF": lwf.METHOD,
+  "O-LoRA": olora.METHOD,
+  "merging": merging.METHOD,
+  "replay 1 %": replay.replaying(sequential.LORA, 0.01),
+  "replay 5 %": replay.replaying(sequential.LORA, 0.05),
+  "A-GEM": agem.method(0.05),
+  "joint": joint.METHOD,
+}
+
+__all__ = ["METHODS", "Method", "Setup", "Task", "Weights", "memory", "replay", "sft_loss"]

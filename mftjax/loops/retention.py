@@ -1,0 +1,226 @@
+"""Meta-training of a memory over sequences of tasks: what it holds, and how it is addressed and written.
+
+An episode is a short sequence of tasks, learnt one after another with the very steps of `sequence`; the outer loss is
+that on all of them at its end, and on the base model's own data. No data of an earlier task is seen again. Its gradient
+flows back through the whole episode to keys, queries, gates, temperatures and values of the slots, and to the
+hyperparameters, so that writing the next task is learnt not to disturb the last ones.
+
+Source: the objective of online-aware meta-learning (Javed & White, 2019, "Meta-Learning Representations for Continual
+Learning", equation 2), with the slots' values in place of its prediction network.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx
+
+from mftjax import checkpoint, metagrad, models, sft, tracking
+from mftjax import config as config_lib
+from mftjax.baselines import continual
+from mftjax.data import sequences
+from mftjax.loops import many_tasks, sequence
+from mftjax.loops import task as task_lib
+
+
+def restarting(optimizer: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
+  """The optimiser, whose state is made anew every so many steps, as at the start of each task."""
+
+  def init(params):
+    return jnp.zeros((), jnp.int32), optimizer.init(params)
+
+  def update(updates, state, params=None):
+    count, inner = state
+    inner = jax.tree.map(lambda new, old: jnp.where(count % every == 0, new, old), optimizer.init(params), inner)
+    updates, inner = optimizer.update(updates, inner, params)
+    return updates, (count + 1, inner)
+
+  return optax.GradientTransformation(init, update)
+
+
+def hyperparameters(config: ml_collections.ConfigDict, meta_params: Any) -> dict[str, Any]:
+  """The constrained hyperparameters of the inner steps, those that are learned and those that are not."""
+  space = config_lib.space(config)
+  return {**config_lib.default_hyperparameters(config), **space.constrain(meta_params["hyperparameters"])}
+
+
+def init_meta_params(config: ml_collections.ConfigDict, setup: continual.Setup) -> dict[str, Any]:
+  """A new memory, and the config's hyperparameters."""
+  memory, _ = nnx.split_state(setup.held, models.MemoryParam, ...)
+  space = config_lib.space(config)
+  return {"memory": memory, "hyperparameters": space.init(config_lib.initial_hyperparameters(config))}
+
+
+def held(setup: continual.Setup, memory: Any) -> Any:
+  """The setup's held state with this memory in place of its own."""
+  _, written = nnx.split_state(setup.held, models.MemoryParam, ...)
+  return nnx.merge_state(memory, written)
+
+
+def episode(
+  config: ml_collections.ConfigDict,
+  setup: continual.Setup,
+  stream: sequences.Stream,
+  meta_params: Any,
+  order: jax.Array,
+  key: jax.Array,
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+  """Outer loss, its gradient and figures of one sequence `order` `[num_tasks]`; the gradient is 0 if not finite."""
+  options, num_tasks = config.retention, len(order)
+  length = num_tasks * options.steps_per_task
+  data_key, run_key = jax.random.split(key)
+  pools = jnp.repeat(order, options.steps_per_task)[:, None]
+  row = jax.random.randint(data_key, (length, config.batch_size), 0, stream.train["tokens"].shape[1])
+  drawn = {name: values[pools, row] for name, values in stream.train.items()}
+  batches = jax.vmap(sequence.as_batch)(drawn)
+  opened = _opened(setup, stream, meta_params["memory"], order)
+
+  def read(params, meta_params):
+    return params, nnx.merge_state(meta_params["memory"], opened)
+
+  def inner_loss(params, meta_params, batch, rng):
+    values = hyperparameters(config, meta_params)
+    return continual.sft_loss(setup, read(params, meta_params), batch, values)
+
+  def outer_loss(params, meta_params, batch, rng):
+    tested, base = batch
+    mean = lambda rows: sft.row_losses(setup.logits(read(params, meta_params), rows), rows)[0]
+    by_task = mean(tested).reshape(num_tasks, -1).mean(axis=1)
+    base_loss = mean(base).mean()
+    return by_task.mean() + options.base_weight * base_loss, {"tasks": by_task, "base": base_loss}
+
+  def optimizer(meta_params):
+    values = hyperparameters(config, meta_params)
+    return restarting(sft.optimizer(values, options.steps_per_task), options.steps_per_task)
+
+  problem = metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
+  tested = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.test.items()}
+  outer = sequence.as_batch(tested), sequence.as_batch(stream.base)
+  state = metagrad.init(problem, meta_params, setup.params)
+  step = metagrad.value_and_grad(problem, config.meta.method, **config_lib.method_options(config))
+  out = step(meta_params, state, batches, outer, run_key)
+  is_finite = out.metrics["is_finite"]
+  grad = jax.tree.map(lambda g: jnp.where(is_finite, g, 0.0), out.grad)
+  return out.loss, many_tasks.clipped(grad, config.meta.clip_norm), {**out.metrics["aux"], "is_finite": is_finite}
+
+
+def _opened(setup: continual.Setup, stream: sequences.Stream, memory: Any, order: jax.Array) -> Any:
+  """The slots that an episode writes: those of all its tasks together, since the inner steps' shapes stay the same."""
+  rows = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.train.items()}
+  task = continual.Task(jnp.zeros((), jnp.int32), sequence.as_batch(rows))
+  carry = {"held": held(setup, memory)}
+  _, carry = continual.memory.choose(setup, setup.params, carry, task, None, None)
+  return jax.lax.stop_gradient(nnx.split_state(carry["held"], models.MemoryParam, ...)[1])
+
+
+def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """Adam whose rate falls to a tenth by a cosine; the hyperparameters have a rate of their own."""
+  options = config.retention
+  adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, options.outer_steps, alpha=0.1), b1=0.9, b2=0.99)
+  rates = {"memory": options.learning_rate, "hyperparameters": config.meta.hyperparameter_learning_rate}
+  labels = lambda meta_params: jax.tree.map_with_path(lambda path, _: path[0].key, meta_params)
+  return optax.partition({name: adam(rate) for name, rate in rates.items()}, labels)
+
+
+def meta_train(
+  config: ml_collections.ConfigDict, setup: continual.Setup, stream: sequences.Stream, workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Meta-parameters after `config.retention.outer_steps` steps, going on from the workdir's last checkpoint.
+
+  Args:
+    setup: of a memory that is trained, open to as many slots as an episode writes.
+    stream: sequences of `config.retention.tasks_per_episode` tasks, that no other part of an experiment sees.
+
+  Raises:
+    MftError: `meta.max_skipped` outer steps in a row were not finite.
+  """
+  options, outer = config.retention, outer_optimizer(config)
+
+  @jax.jit
+  def outer_step(frozen, rows, meta_params, opt_state, key):
+    one = functools.partial(
+      episode, config, dataclasses.replace(setup, frozen=frozen), dataclasses.replace(stream, **rows), meta_params
+    )
+    draw_key, run_key = jax.random.split(key)
+    drawn = jax.random.choice(draw_key, len(stream.order), (options.episodes,), replace=False)
+    losses, grads, metrics = jax.vmap(one)(stream.order[drawn], jax.random.split(run_key, options.episodes))
+    count = jnp.maximum(jnp.sum(metrics["is_finite"]), 1)
+    grad = jax.tree.map(lambda g: jnp.sum(g, axis=0) / count, grads)
+    updates, opt_state = outer.update(grad, opt_state, meta_params)
+    mean = lambda x: jnp.sum(jnp.where(_like(metrics["is_finite"], x), x, 0.0), axis=0) / count
+    figures = {"loss": mean(losses), "tasks": mean(metrics["tasks"]), "base": mean(metrics["base"]), "finite": count}
+    return optax.apply_updates(meta_params, updates), opt_state, figures | {"grad_norm": optax.global_norm(grad)}
+
+  meta_params = init_meta_params(config, setup)
+  state, start, skipped = (meta_params, outer.init(meta_params)), 0, 0
+  rows = {"train": stream.train, "test": stream.test, "base": stream.base}
+  tokens = options.episodes * options.tasks_per_episode * options.steps_per_task * config.batch_size * config.length
+  with checkpoint.Checkpoints(workdir / "retention") as checkpoints:
+    found = checkpoints.restore(task_lib.pure(state))
+    if found:
+      start, state = found[0], task_lib.unpure(state, found[1])
+      logging.warning("Going on from outer step %d in %s.", start, workdir)
+    tracker = tracking.Tracker(
+      workdir, options.outer_steps, title="meta-train", name="retention", start_step=start, tokens_per_step=tokens
+    )
+    with tracker:
+      for step in range(start, options.outer_steps):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        *state, figures = outer_step(setup.frozen, rows, *state, key)
+        skipped = skipped + 1 if float(figures["grad_norm"]) == 0.0 else 0
+        values = {name: float(x) for name, x in hyperparameters(config, state[0]).items()}
+        line = {name: np.asarray(x).tolist() for name, x in figures.items()}
+        learned = {name: values[name] for name in config_lib.space(config).spaces}
+        tracker.log(step + 1, line | {"hyperparameters": learned})
+        task_lib.stop_if_skipped(config, workdir, skipped, figures)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == options.outer_steps:
+          checkpoints.save(step + 1, task_lib.pure(tuple(state)), {})
+  return state[0]
+
+
+def _like(flags: jax.Array, values: jax.Array) -> jax.Array:
+  """Flags `[n]` with as many axes as the values `[n, ...]`."""
+  return flags.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def train_without(
+  config: ml_collections.ConfigDict, setup: continual.Setup, stream: sequences.Stream, learning_rate: float
+) -> Any:
+  """The memory after ordinary training on the same tasks all at once, with as many rows as meta-training sees.
+
+  What is trained is what meta-training trains of the memory, without an outer loop: keys, queries and values.
+  """
+  options = config.retention
+  memory, opened = nnx.split_state(setup.held, models.MemoryParam, ...)
+  num_steps = options.outer_steps * options.episodes * options.tasks_per_episode * options.steps_per_task
+
+  @jax.jit
+  def run(frozen, rows, memory, key):
+    own = dataclasses.replace(setup, frozen=frozen)
+    values = {"learning_rate": jnp.float32(learning_rate), "weight_decay": 0.0}
+    loss = lambda memory, _, batch, rng: continual.sft_loss(
+      own, (own.params, nnx.merge_state(memory, opened)), batch, values
+    )
+    problem = metagrad.Problem(loss, loss, lambda _: sft.optimizer(values, num_steps))
+
+    def body(state, key):
+      pool_key, row_key = jax.random.split(key)
+      pool = jax.random.choice(pool_key, stream.order.reshape(-1), (config.batch_size,))
+      row = jax.random.randint(row_key, (config.batch_size,), 0, rows["tokens"].shape[1])
+      batch = sequence.as_batch({name: found[pool, row] for name, found in rows.items()})
+      state, _, loss = metagrad.inner_step(problem, None, state, batch, key)
+      return state, loss
+
+    state, losses = jax.lax.scan(body, metagrad.init(problem, None, memory), jax.random.split(key, num_steps))
+    return state.params, losses
+
+  trained, losses = run(setup.frozen, stream.train, memory, jax.random.key(config.seed))
+  logging.warning("Memory without an outer loop: loss %.3f to %.3f.", float(losses[0]), float(losses[-100:].mean()))
+  return trained

@@ -1,0 +1,198 @@
+"""Programs that fine-tune a model on one task after another, for many runs at once, in steps that can be resumed."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mftjax import metagrad, sft, types
+from mftjax.baselines import continual
+from mftjax.data import sequences
+
+
+@flax.struct.dataclass
+class State:
+  """A run between two steps."""
+
+  inner: metagrad.State  # of the task that is learnt now
+  carry: Any  # what the method keeps from task to task
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What all runs have in common."""
+
+  num_steps: int  # of each task
+  batch_size: int  # rows
+
+
+@flax.struct.dataclass
+class Measured:
+  """What a model does on the tasks of its sequence, and on the base model's own data."""
+
+  accuracy: jax.Array  # [num_tasks] part of the test examples that are answered exactly
+  loss: jax.Array  # [num_tasks] nats per target token
+  base_loss: jax.Array  # scalar, nats per target token
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The parts of a method's runs, each jitted and over many runs at once; `values` and `order` are theirs.
+
+  `order` is `[num_runs, num_tasks]` pools in the order in which each run learns them, `keys` `[num_runs]`.
+  """
+
+  start: Callable  # (values) -> state; values only say how many runs there are
+  begin: Callable  # (state, values, order, number, keys) -> state
+  advance: Callable  # (state, values, order, number, keys, steps [n]) -> (state, losses [num_runs, n])
+  end: Callable  # (state, values, order, number) -> state
+  measure: Callable  # (state, values, order) -> Measured
+
+
+def build(setup: continual.Setup, method: continual.Method, stream: sequences.Stream, run: Run) -> Programs:
+  """The programs of a method on the tasks of a stream.
+
+  Each step's batch is drawn by the run's key, the task's number and the step alone, so that a run that is resumed goes
+  on as it would have gone on.
+  """
+  total = run.num_steps * (setup.num_tasks if method.is_joint else 1)
+
+  def compiled(fn, *axes):
+    over_runs = lambda frozen, rows, *args: jax.vmap(
+      lambda *args: fn(dataclasses.replace(setup, frozen=frozen), dataclasses.replace(stream, **rows), *args), axes
+    )(*args)
+    program = jax.jit(over_runs)
+    rows = {"train": stream.train, "test": stream.test, "base": stream.base}
+    return lambda *args: program(setup.frozen, rows, *args)
+
+  def problem(setup, values):
+    def loss(params, carry, batch, rng):
+      return method.loss(setup, params, carry, batch, values)
+
+    return metagrad.Problem(loss, loss, lambda _: sft.optimizer(_of_sft(values), total, largest_batch=run.batch_size))
+
+  def start(setup, stream, values):
+    inner = metagrad.init(problem(setup, values), None, setup.params)
+    return State(inner, method.init(setup))
+
+  def begin(setup, stream, state, values, order, number, key):
+    task = continual.Task(number, task_rows(stream, order[number]))
+    key = jax.random.fold_in(jax.random.fold_in(key, number), total)
+    params, carry = method.begin(setup, state.inner.params, state.carry, task, values, key)
+    return State(metagrad.init(problem(setup, values), None, params), carry)
+
+  def advance(setup, stream, state, values, order, number, key, steps):
+    built = problem(setup, values)
+    key = jax.random.fold_in(key, number)
+
+    def body(inner, step):
+      row_key, past_key, loss_key = jax.random.split(jax.random.fold_in(key, step), 3)
+      batch = draw(stream, method, order, number, values, run.batch_size, row_key)
+      loss, grads = metagrad.problem.gradient(built, inner.params, state.carry, batch, loss_key)
+      if method.adjust is not None:
+        past = draw_past(stream, order, number, method.stored_fraction, run.batch_size, past_key)
+        _, past_grads = metagrad.problem.gradient(built, inner.params, state.carry, past, loss_key)
+        adjusted = method.adjust(grads, past_grads)
+        grads = jax.tree.map(lambda new, old: jnp.where(number > 0, new, old), adjusted, grads)
+      return metagrad.problem.update(built, None, inner, grads), loss
+
+    inner, losses = jax.lax.scan(body, state.inner, steps)
+    return state.replace(inner=inner), losses
+
+  def end(setup, stream, state, values, order, number):
+    task = continual.Task(number, task_rows(stream, order[number]))
+    params, carry = method.end(setup, state.inner.params, state.carry, task, values)
+    return State(state.inner.replace(params=params), carry)
+
+  def measure(setup, stream, state, values, order):
+    return measured(setup, method.final(state.inner.params, state.carry, values), stream, order)
+
+  return Programs(
+    compiled(start, 0),
+    compiled(begin, 0, 0, 0, None, 0),
+    compiled(advance, 0, 0, 0, None, 0, None),
+    compiled(end, 0, 0, 0, None),
+    compiled(measure, 0, 0, 0),
+  )
+
+
+def measured(setup: continual.Setup, weights: Any, stream: sequences.Stream, order: jax.Array) -> Measured:
+  """What the model with these weights does on the tasks `order` `[num_tasks]` and on the base model's data."""
+
+  def judge(rows):
+    batch = as_batch(rows)
+    logits = setup.logits(weights, batch)
+    losses, counts = sft.row_losses(logits, batch)
+    right, examples = sft.exact_matches(logits, batch)
+    return right.sum() / examples.sum(), (losses * counts).sum() / counts.sum()
+
+  of_task = lambda pool: judge({name: values[pool] for name, values in stream.test.items()})
+  accuracy, loss = jax.lax.map(of_task, order)
+  return Measured(accuracy, loss, judge(stream.base)[1])
+
+
+def as_batch(rows: Mapping[str, jax.Array]) -> types.Batch:
+  """Rows `[num_rows, length]` as a batch that is all of one source."""
+  count = len(rows["tokens"])
+  return types.Batch(**rows, source=jnp.zeros(count, jnp.int32), proposal=jnp.ones(count))
+
+
+def task_rows(stream: sequences.Stream, pool: jax.Array) -> types.Batch:
+  """All training rows of a task."""
+  return as_batch({name: values[pool] for name, values in stream.train.items()})
+
+
+def draw(
+  stream: sequences.Stream,
+  method: continual.Method,
+  order: jax.Array,
+  number: jax.Array,
+  values: Mapping[str, Any],
+  size: int,
+  key: jax.Array,
+) -> types.Batch:
+  """A batch of the task, with the method's part of stored rows; of all tasks, if the method learns them at once."""
+  pool_key, row_key, past_key = jax.random.split(key, 3)
+  num_rows = stream.train["tokens"].shape[1]
+  row = jax.random.randint(row_key, (size,), 0, num_rows)
+  if method.is_joint:
+    pool = order[jax.random.randint(pool_key, (size,), 0, len(order))]
+  else:
+    pool = jnp.full(size, order[number])
+  if method.is_replaying:
+    past_pool, past_row = _past(order, number, method.stored_fraction, num_rows, size, past_key)
+    points = (jnp.arange(size) + jax.random.uniform(pool_key)) / size  # systematic: the count is never a row off
+    is_past = (points < values["replayed"]) & (number > 0)
+    pool, row = jnp.where(is_past, past_pool, pool), jnp.where(is_past, past_row, row)
+  return as_batch({name: found[pool, row] for name, found in stream.train.items()})
+
+
+def draw_past(
+  stream: sequences.Stream, order: jax.Array, number: jax.Array, stored_fraction: float, size: int, key: jax.Array
+) -> types.Batch:
+  """A batch of stored rows of the tasks before this one (of the first task, where there is none before)."""
+  pool, row = _past(order, number, stored_fraction, stream.train["tokens"].shape[1], size, key)
+  return as_batch({name: found[pool, row] for name, found in stream.train.items()})
+
+
+def stored_rows(stored_fraction: float, num_rows: int) -> int:
+  """Rows that are kept of each task: the fraction, but one at least; 0 if nothing is to be kept."""
+  return max(1, round(stored_fraction * num_rows)) if stored_fraction else 0
+
+
+def _past(
+  order: jax.Array, number: jax.Array, stored_fraction: float, num_rows: int, size: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Pools and rows `[size]` of stored examples; a task's rows stand in random order, so that the first are any."""
+  task_key, row_key = jax.random.split(key)
+  task = jax.random.randint(task_key, (size,), 0, jnp.maximum(number, 1))
+  row = jax.random.randint(row_key, (size,), 0, stored_rows(stored_fraction, num_rows))
+  return order[task], row
+
+
+def _of_sft(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The hyperparameters of the optimiser, without the method's own."""
+  return {name: values[name] for name in sft.NAMES if name in values}
