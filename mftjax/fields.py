@@ -80,9 +80,14 @@ FIELDS: dict[str, Field] = {
   "memory.product_keys": Field(False, "keys are pairs of half keys: num_slots a square, key_dim even, top_k above 0"),
   "memory.gated": Field(False, "each head has a gate that the token sets"),
   "memory.temperature": Field(1.0, "of the softmax over the slots, where its learning starts", **_above(0)),
+  "memory.qk_norm": Field(False, "queries and keys are scaled to root mean square 1"),
+  "memory.null_cosine": Field(
+    0.0, "cosine at which a read falls to nothing, when new; needs qk_norm; 0 is never", lambda v: 0 <= v < 1, "0 to 1"
+  ),
   "memory.placement": Field(
     "after", "on the layer's output, beside its MLP or instead of it", **_one_of(*decoder.PLACEMENTS)
   ),
+  "memory.whitened": Field(True, "queries are uncorrelated on the base model's data when new (experiments.continual)"),
   "memory.shared": Field(True, "all layers read one memory, or else each its own"),
   "meta.outer_steps": Field(100, "outer steps", **_at_least(1)),
   "meta.unroll_length": Field(8, "inner steps that one meta-gradient goes through", **_at_least(1)),
@@ -205,9 +210,11 @@ FIELDS: dict[str, Field] = {
   "continual.base_rows": Field(128, "held-out rows of the base model's own data", **_at_least(1)),
   "continual.base_steps": Field(6000, "steps that the small base model is trained for", **_at_least(1)),
   "continual.write_rule": Field(
-    "sparse", "slots that a task may write: sparse, by TF-IDF, or all", **_one_of("all", "sparse")
+    "sparse",
+    "slots that a task may write: new, a block of its own; sparse, by TF-IDF; all",
+    **_one_of("new", "sparse", "all"),
   ),
-  "continual.written_rows": Field(512, "slots that a task may write (write_rule sparse)", **_at_least(1)),
+  "continual.written_rows": Field(512, "slots that a task may write (write_rule new, sparse)", **_at_least(1)),
   "continual.full_learning_rates": Field((1e-4, 1e-2), "least and greatest that is tried, training every parameter"),
   "continual.lora_learning_rates": Field((3e-4, 3e-2), "likewise for LoRA"),
   "continual.memory_learning_rates": Field((10.0, 1000.0), "likewise for a memory"),

@@ -44,7 +44,7 @@ GROUPS = {
   "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
   "mlp": ("gate_proj", "up_proj", "down_proj"),
   "norm": ("norm",),
-  "memory": ("query", "keys", "values", "delta", "gate", "log_temperature"),
+  "memory": ("query", "query_bias", "keys", "values", "delta", "gate", "log_temperature", "null_score"),
 }
 
 
@@ -80,6 +80,13 @@ def row_losses(
   return (nll * mask).sum(axis=1) / jnp.where(total >= 1, total, 1.0), total
 
 
+def target_mask(batch: types.Batch) -> jax.Array:
+  """`[batch, length - 1]` f32, 1 where the token before is to predict the next: at l, token l + 1 is a target."""
+  segments = batch.segment_ids
+  is_same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  return batch.loss_mask[:, 1:] * is_same
+
+
 def exact_matches(logits: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax.Array]:
   """How many of the examples of each row are answered exactly, each target being the likeliest token.
 
@@ -94,7 +101,7 @@ def exact_matches(logits: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax
     `[batch]` f32 examples answered exactly, and `[batch]` f32 examples.
   """
   segments = batch.segment_ids[:, 1:]
-  is_target = (segments == batch.segment_ids[:, :-1]) & (segments > 0) & (batch.loss_mask[:, 1:] > 0)
+  is_target = target_mask(batch) > 0
   is_wrong = is_target & (jnp.argmax(logits[:, :-1], axis=-1) != batch.tokens[:, 1:])
   count = jax.vmap(lambda flags, ids: jax.ops.segment_sum(flags.astype(jnp.float32), ids, logits.shape[1]))
   has_target, has_wrong = count(is_target, segments) > 0, count(is_wrong, segments) > 0

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from mftjax import errors, metagrad, sft, types
+from mftjax import errors, metagrad, models, sft, types
+from mftjax.data import tokens
 
 
 def make_batch(source=(0, 1, 1), proposal=(0.5, 0.25, 0.25)) -> types.Batch:
@@ -289,3 +291,68 @@ def test_a_curriculum_passes_through_its_knots():
     np.testing.assert_allclose(sft.importance_weights(logits, batch)[row], wanted, rtol=1e-6)
   with pytest.raises(errors.InputError, match="needs batches with `progress`"):
     sft.importance_weights(logits, make_batch())
+
+
+def greedy_rows():
+  """A decoder, and packed rows of which some examples are just what it would say: `(model, batch, end token)`."""
+  config = models.DecoderConfig(
+    family="llama",
+    vocab_size=12,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=64,
+  )
+  model = models.Decoder(config, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  model = nnx.merge(graphdef, jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params))  # so that tokens alternate
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(1, 12, size=rng.integers(1, 5)) for _ in range(24)]
+  said = models.generate(model, prompts, 8, eos_id=None, pad_id=0)
+  end = int(np.bincount(np.concatenate([row[1:] for row in said])).argmax())
+  examples = []
+  for number, (prompt, own) in enumerate(zip(prompts, said, strict=True)):
+    completion = own[: np.argmax(own == end)] if end in own else own
+    if number % 4 == 1 and len(completion):
+      completion = np.append(completion[:-1], (completion[-1] + 1) % 12)
+    if number % 4 == 2:
+      completion = completion[:1]
+    if number % 4 == 3:
+      completion = np.append(completion, 5)
+    if len(completion):
+      whole = np.concatenate([prompt, completion, [end]]).astype(np.int32)
+      examples.append((whole, (np.arange(len(whole)) >= len(prompt)).astype(np.float32)))
+  rows = tokens.pack(examples, 28)
+  fields = {name: jnp.asarray(getattr(rows, name)) for name in ("tokens", "loss_mask", "segment_ids", "positions")}
+  count = len(rows.tokens)
+  return model, types.Batch(**fields, source=jnp.zeros(count, jnp.int32), proposal=jnp.ones(count)), end
+
+
+def test_an_example_is_answered_exactly_if_greedy_generation_says_its_completion():
+  model, batch, end = greedy_rows()
+  found = sft.exact_matches(model(batch.tokens, batch.segment_ids, batch.positions), batch)
+  prompts, wanted, rows = [], [], []
+  for row, segments in enumerate(np.asarray(batch.segment_ids)):
+    for segment in range(1, segments.max() + 1):
+      own = np.asarray(batch.tokens[row])[segments == segment]
+      mask = np.asarray(batch.loss_mask[row])[segments == segment] > 0
+      prompts.append(own[~mask])
+      wanted.append(own[mask][:-1].tolist())
+      rows.append(row)
+  said = models.generate(model, prompts, 16, eos_id=end, pad_id=0)
+  is_right = [mine.tolist() == theirs for mine, theirs in zip(said, wanted, strict=True)]
+  np.testing.assert_array_equal(found[0], np.bincount(rows, weights=is_right))
+  np.testing.assert_array_equal(found[1], np.bincount(rows))
+  assert found[1].max() > 2 and 4 <= sum(is_right) <= len(is_right) - 4
+
+
+def test_a_row_without_targets_has_no_example():
+  batch = make_batch()
+  batch = batch.replace(loss_mask=jnp.zeros((3, 6)).at[1, 4].set(1.0).at[2, 3].set(1.0))
+  # A segment's first token is no target, since nothing of its own stands before it.
+  right, examples = sft.exact_matches(jax.nn.one_hot(jnp.roll(batch.tokens, -1, axis=1), 5), batch)
+  np.testing.assert_array_equal(examples, [0, 1, 0])
+  np.testing.assert_array_equal(right, [0, 1, 0])

@@ -6,6 +6,7 @@ the base model knows under names of its own.
 """
 
 import dataclasses
+import itertools
 import string
 from collections.abc import Mapping, Sequence
 
@@ -173,6 +174,7 @@ def sample(split: str, kinds: Sequence[str], seed: int, num_conflicts: int = 0) 
   if not 0 <= num_conflicts <= num_mapped:
     raise errors.InputError(f"num_conflicts = {num_conflicts} must be from 0 to {num_mapped}, the rules and codes.")
   own_tags[num_mapped - num_conflicts : num_mapped] = rng.permutation(tags("base")).tolist()[:num_conflicts]
+  known_forms = dict(zip(tags("base"), itertools.cycle(FORMS), strict=False))
   found: list[Task] = []
   for place, kind in enumerate(kinds):
     if kind == "facts":
@@ -180,6 +182,7 @@ def sample(split: str, kinds: Sequence[str], seed: int, num_conflicts: int = 0) 
       found.append(facts_task(f"facts {place + 1}", {entity: str(rng.choice(LETTERS)) for entity in mine}))
       continue
     form, number, tag = str(rng.choice(list(FORMS))), int(rng.integers(NUM_RULES)), own_tags[0]
+    form = known_forms.get(tag, form)  # in another form a conflict would ask other prompts
     table = rule(number) if kind == "rule" else _random_map(rng)
     name = f"rule {number}" if kind == "rule" else "code"
     found.append(mapping_task(f"{name} as {tag} {place + 1}", tag, form, table))

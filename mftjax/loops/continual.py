@@ -15,12 +15,13 @@ import scipy.stats
 from absl import logging
 from flax import nnx
 
-from mftjax import checkpoint, command, errors, files, metrics, models
+from mftjax import checkpoint, command, errors, files, metrics, models, sft
 from mftjax import config as config_lib
 from mftjax.baselines import continual as methods_lib
 from mftjax.data import sequences
 from mftjax.loops import base_model, learnt_memory, retention, sequence
 from mftjax.loops import task as task_lib
+from mftjax.models import slots
 
 OURS = ("memory", "memory, no outer loop", "memory, meta-learned", "memory, meta-learned, replay 5 %")
 METHODS = (*methods_lib.METHODS, *OURS)
@@ -56,7 +57,11 @@ class Setting:
       models.lora.add(model, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs)
     if trained == "memory":
       task_lib.attach_memory(model, config)
-      for memory in model.memories():
+      rows = self.background
+      states = model.memory_inputs(rows.tokens, rows.segment_ids, rows.positions)
+      for number, memory in enumerate(model.memories()):
+        if config.memory.whitened:
+          slots.whiten(memory, states[number], rows.segment_ids > 0)
         memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))
     parts: Any = nnx.split(model, _TRAINED[trained], methods_lib.memory.HELD, ...)
     graphdef, params, held, frozen = parts
@@ -129,7 +134,8 @@ def entry(setting: Setting, name: str, memories: Mapping[str, Any]) -> Entry:
   if name.endswith("replay 5 %") and name not in methods_lib.METHODS:
     method = methods_lib.replay.replaying(method, 0.05)
   setup = setting.setup(method.trained)
-  fixed = config_lib.default_hyperparameters(setting.config)
+  # The config's eps is that of writing into a memory; Adam's updates of other weights would vanish with it.
+  fixed = config_lib.default_hyperparameters(setting.config) | {"eps": sft.DEFAULTS["eps"]}
   rates = tuple(options[f"{method.trained}_learning_rates"])
   if method.trained == "memory":
     fixed |= {"eps": options.memory_eps, "weight_decay": 0.0}
@@ -333,7 +339,7 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
   interval = lambda x: [float(np.mean(x)), *metrics.bootstrap_interval(x)] if np.isfinite(x).all() else None
   summed = lambda part: {name: None if x is None else interval(x) for name, x in part.items()}
   is_joint = found.method.is_joint
-  mean = lambda name: None if is_joint else runs.matrix(name).mean(axis=0).tolist()
+  mean = lambda name: None if is_joint else _listed(runs.matrix(name).mean(axis=0))
   base_loss = np.stack([np.asarray(one.base_loss) for one in (runs.before, *runs.after)])
   row = {
     "name": found.name,
@@ -347,7 +353,7 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     "loss": summed(figures["loss"]),
     "base_loss_change": interval(base_loss[-1] / base_loss[0] - 1),
     "matrix": {"accuracy": mean("accuracy"), "loss": mean("loss")},
-    "base_loss": None if is_joint else base_loss.mean(axis=1).tolist(),
+    "base_loss": None if is_joint else _listed(base_loss.mean(axis=1)),
     "seconds": time.monotonic() - start,
   }
   view = None
@@ -355,6 +361,13 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     view = learnt_memory.view(found.setup, runs.final, runs.written, stream, setting.tokenizer)
   sequences_of = {name: None if x is None else x.tolist() for name, x in figures["accuracy"].items()}
   return {"row": row, "sequences": sequences_of, "memory": view}
+
+
+def _listed(values: np.ndarray) -> list[Any]:
+  """Nested lists, with null for what is not finite: JSON has no word for that."""
+  listed = values.astype(object)
+  listed[~np.isfinite(values)] = None
+  return listed.tolist()
 
 
 def _figures(found: Entry, runs: Runs) -> dict[str, dict[str, np.ndarray | None]]:

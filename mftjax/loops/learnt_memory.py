@@ -34,7 +34,9 @@ def view(
   memory = model.memories()[0]
   order, names = np.asarray(stream.order[0]), stream.names
   batches = [sequence.as_batch({name: values[pool] for name, values in stream.test.items()}) for pool in order]
-  usage = np.stack([np.asarray(model.memory_usage(b.tokens, b.segment_ids, b.positions)[0]) for b in batches])
+  usage = np.stack(
+    [np.asarray(model.memory_usage(b.tokens, b.segment_ids, b.positions, b.segment_ids > 0)[0]) for b in batches]
+  )
   usage = usage / np.maximum(usage.sum(axis=1, keepdims=True), 1)
   wrote = np.stack([np.isin(np.arange(memory.num_slots), slots) for slots in written])
   last = np.where(wrote.any(axis=0), len(wrote) - 1 - wrote[::-1].argmax(axis=0), -1)

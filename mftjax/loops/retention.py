@@ -48,7 +48,9 @@ def restarting(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
 def hyperparameters(config: ml_collections.ConfigDict, meta_params: Any) -> dict[str, Any]:
   """The constrained hyperparameters of the inner steps, those that are learned and those that are not."""
   space = config_lib.space(config)
-  return {**config_lib.default_hyperparameters(config), **space.constrain(meta_params["hyperparameters"])}
+  # At the learning rates of a memory, the common weight decay would undo each write within a step.
+  fixed = config_lib.default_hyperparameters(config) | {"weight_decay": 0.0}
+  return {**fixed, **space.constrain(meta_params["hyperparameters"])}
 
 
 def init_meta_params(config: ml_collections.ConfigDict, setup: continual.Setup) -> dict[str, Any]:

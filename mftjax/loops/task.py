@@ -90,6 +90,8 @@ def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> N
         options.product_keys,
         options.gated,
         options.temperature,
+        options.qk_norm,
+        options.null_cosine,
         rngs=rngs,
       )
       for _ in range(1 if options.shared else len(options.layers))

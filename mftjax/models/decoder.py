@@ -313,13 +313,13 @@ class Decoder(nnx.Module):
     return inputs
 
   def memory_usage(
-    self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array | None = None
+    self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, mask: jax.Array
   ) -> list[jax.Array]:
-    """`[num_slots]` number of reads of each of `memories()`, by all tokens that are not padding."""
+    """`[num_slots]` number of reads of each of `memories()`, by the tokens whose mask `[batch, length]` is not 0."""
     inputs = self.memory_inputs(tokens, segment_ids, positions)
     if isinstance(self.memory, Memory):
-      return [self.memory.usage(jnp.stack(inputs), jnp.stack([segment_ids > 0] * len(inputs)))]
-    return [memory.usage(x, segment_ids > 0) for memory, x in zip(self.memories(), inputs, strict=True)]
+      return [self.memory.usage(jnp.stack(inputs), jnp.stack([mask] * len(inputs)))]
+    return [memory.usage(x, mask) for memory, x in zip(self.memories(), inputs, strict=True)]
 
   def _inputs(
     self, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None

@@ -30,8 +30,8 @@ class WrittenSlots(nnx.Variable):
 class Memory(nnx.Module):
   """`hidden + sum over heads of gate_h softmax(q_h keys_h / (sqrt(key_dim) temperature_h)) values`.
 
-  Here q = rms_norm(hidden) W and gate = 2 sigmoid(rms_norm(hidden) G), or 1 when not `gated`. The values start at
-  zero, so a new memory is exactly the identity; all else gets a gradient once the values have moved.
+  Here q = rms_norm(hidden) W + b, with b = 0 when new, and gate = 2 sigmoid(rms_norm(hidden) G), or 1 when not `gated`.
+  The values start at zero, so a new memory is exactly the identity; all else gets a gradient once they have moved.
 
   Args:
     num_slots: slots in all, at least 1; with `product_keys` a square number.
@@ -43,6 +43,9 @@ class Memory(nnx.Module):
       sqrt(num_slots) and not num_slots; needs `top_k`.
     gated: whether each head has a gate that the token sets, between 0 and 2, at 1 when new.
     temperature: where the learnable temperature of each head starts; above 0.
+    qk_norm: whether queries and keys are scaled to root mean square 1, so that scores are sqrt(key_dim) times a cosine.
+    null_cosine: with a value above 0 the softmax has one more entry, of a slot whose value is zero, at the score of
+      this cosine when new: a query that no key is near reads nothing.
     rngs: its `params` stream draws keys and queries.
 
   Raises:
@@ -62,6 +65,8 @@ class Memory(nnx.Module):
     product_keys: bool = False,
     gated: bool = False,
     temperature: float = 1.0,
+    qk_norm: bool = False,
+    null_cosine: float = 0.0,
     *,
     rngs: nnx.Rngs,
   ):
@@ -72,8 +77,13 @@ class Memory(nnx.Module):
       raise InputError(f"Memory top_k = {top_k} must lie in 1 .. num_slots = {num_slots}.")
     if not 0 < temperature < math.inf:
       raise InputError(f"Memory temperature = {temperature} must be above 0 and finite.")
+    if not 0 <= null_cosine < 1 or (null_cosine and not qk_norm):
+      raise InputError(f"Memory null_cosine = {null_cosine} must lie in 0 .. 1, and needs qk_norm above 0.")
+    if qk_norm and product_keys:
+      raise InputError("Memory qk_norm needs whole keys: not with product_keys.")
     self.num_slots, self.dim, self.key_dim, self.num_heads = num_slots, dim, key_dim, num_heads
-    self.top_k, self.product_keys, self.gated = top_k, product_keys, gated
+    self.top_k, self.product_keys, self.gated, self.qk_norm = top_k, product_keys, gated, qk_norm
+    self.null_cosine = null_cosine
     key_shape: tuple[int, ...] = (num_heads, num_slots, key_dim)
     if product_keys:
       side = math.isqrt(num_slots)
@@ -85,9 +95,12 @@ class Memory(nnx.Module):
       key_shape = (2, num_heads, side, key_dim // 2)
     query = jax.random.normal(rngs.params(), (dim, num_heads, key_dim)) * dim**-0.5
     self.query = MemoryParam(query)
+    self.query_bias = MemoryParam(jnp.zeros((num_heads, key_dim)))
     self.keys = MemoryParam(jax.random.normal(rngs.params(), key_shape))
     self.values = MemoryParam(jnp.zeros((num_slots, dim)))
     self.log_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
+    if null_cosine:
+      self.null_score = MemoryParam(jnp.full(num_heads, null_cosine * key_dim**0.5))
     if gated:
       self.gate = MemoryParam(jnp.zeros((dim, num_heads)))
     self.delta: MemoryWrite | None = nnx.data(None)
@@ -123,7 +136,7 @@ class Memory(nnx.Module):
 
   def queries(self, hidden: jax.Array) -> jax.Array:
     """`[num_heads, tokens, key_dim]` queries of `[..., dim]` hidden states, before they are scaled."""
-    return jnp.einsum("nd,dhk->hnk", self._normed(hidden), self.query[...])
+    return jnp.einsum("nd,dhk->hnk", self.normed(hidden), self.query[...]) + self.query_bias[...][:, None]
 
   def usage(self, hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """How often each slot is read.
@@ -162,24 +175,29 @@ class Memory(nnx.Module):
     if self.delta is not None and self.written is not None:
       self.values[...], self.delta[...] = fold(self.values[...], self.written[...], self.delta[...])
 
-  def _normed(self, hidden: jax.Array) -> jax.Array:
-    """`[tokens, dim]`, each of root mean square 1, in f32 or better."""
-    wide = hidden.astype(at_least_f32(hidden.dtype)).reshape(-1, self.dim)
-    return wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + NORM_EPS)
+  def normed(self, hidden: jax.Array) -> jax.Array:
+    """`[tokens, dim]` of `[..., dim]` hidden states, each of root mean square 1, in f32 or better."""
+    return rms_normed(hidden.astype(at_least_f32(hidden.dtype)).reshape(-1, self.dim))
 
   def _lookup(self, hidden: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     """Slots (None = all of them) and weights, each `[num_heads, tokens, k]`: heads first is what products like."""
-    query = self.queries(hidden) * self.key_dim**-0.5
+    query = self.queries(hidden)
+    query = (rms_normed(query) if self.qk_norm else query) * self.key_dim**-0.5
     slots = None
     if self.product_keys and self.top_k:
       scores, slots = self._best_pairs(query, self.top_k)
     else:
-      scores = jnp.einsum("hnk,hsk->hns", query, self.keys[...])
+      keys = rms_normed(self.keys[...]) if self.qk_norm else self.keys[...]
+      scores = jnp.einsum("hnk,hsk->hns", query, keys)
       if self.top_k is not None:
         scores, slots = jax.lax.top_k(scores, self.top_k)
+    if self.null_cosine:
+      null = jnp.broadcast_to(self.null_score[...][:, None, None], (*scores.shape[:-1], 1))
+      scores = jnp.concatenate([scores, null.astype(scores.dtype)], axis=-1)
     weights = jax.nn.softmax(scores * jnp.exp(-self.log_temperature[...])[:, None, None], axis=-1)
+    weights = weights[..., :-1] if self.null_cosine else weights
     if self.gated:
-      weights *= 2 * jax.nn.sigmoid(self._normed(hidden) @ self.gate[...]).T[:, :, None]
+      weights *= 2 * jax.nn.sigmoid(self.normed(hidden) @ self.gate[...]).T[:, :, None]
     return slots, weights
 
   def _best_pairs(self, query: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
@@ -213,6 +231,11 @@ class Memory(nnx.Module):
     written = self.written[...]
     rows = jnp.minimum(jnp.searchsorted(written, slots), len(written) - 1)
     return read + weighted_rows(self.delta[...], jnp.where(written[rows] == slots, weights, 0.0), rows)
+
+
+def rms_normed(x: jax.Array) -> jax.Array:
+  """`[..., n]` scaled to a root mean square of 1 over the last axis; zeros stay zeros."""
+  return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + NORM_EPS)
 
 
 def fold(values: jax.Array, written: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -37,7 +37,17 @@ TOP_NAMES = {
   "final_norm": ("model.norm.weight", "output_norm.weight"),
   "head": ("lm_head.weight", "output.weight"),
 }
-MEMORY_SETTINGS = ("num_slots", "dim", "key_dim", "num_heads", "top_k", "product_keys", "gated")
+MEMORY_SETTINGS = (
+  "num_slots",
+  "dim",
+  "key_dim",
+  "num_heads",
+  "top_k",
+  "product_keys",
+  "gated",
+  "qk_norm",
+  "null_cosine",
+)
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -334,8 +344,9 @@ def _load_memory(model: Decoder, file: Path) -> None:
   for number, memory in enumerate(memories):
     prefix = f"{number}." if isinstance(settings, list) else ""
     arrays = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    # Files of before there were temperatures hold none.
-    slots.load(memory, {"log_temperature": np.zeros(memory.num_heads)} | arrays)
+    # Files of before there were these hold none.
+    later = {"log_temperature": np.zeros(memory.num_heads), "query_bias": np.zeros(memory.query_bias.shape)}
+    slots.load(memory, later | arrays)
   placement = json.loads(metadata.get("placement", '"after"'))
   model.attach_memory(
     memories if isinstance(settings, list) else memories[0], json.loads(metadata["layers"]), placement

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mftjax.errors import InputError, unknown_name
-from mftjax.models.memory import Memory
+from mftjax.models.memory import Memory, rms_normed
 
 SPLIT = ("values", "delta")  # the parameters that `shardings` splits
 
@@ -46,6 +46,23 @@ def most_specific(scores: jax.Array, num_rows: int) -> jax.Array:
   return jnp.sort(jax.lax.top_k(scores, num_rows)[1]).astype(jnp.int32)
 
 
+def num_open(memory: Memory) -> int:
+  """Slots that the memory is open to.
+
+  Raises:
+    InputError: none.
+  """
+  if memory.delta is None:
+    raise InputError("The memory is open to no slot: call its `open(num_rows)` first.")
+  return len(memory.delta)
+
+
+def open_at(memory: Memory, rows: jax.Array) -> None:
+  """Opens a memory, in place, to these slots, `[num_open(memory)]` int32 ascending; `delta` must be zero."""
+  if memory.written is not None:
+    memory.written[...] = rows
+
+
 def open_most_specific(memory: Memory, counts: jax.Array, background: jax.Array) -> None:
   """Opens a memory to as many slots as before, now those of the highest `tf_idf`, in place; `delta` must be zero.
 
@@ -56,9 +73,65 @@ def open_most_specific(memory: Memory, counts: jax.Array, background: jax.Array)
   Raises:
     InputError: the memory is open to none.
   """
-  if memory.delta is None or memory.written is None:
-    raise InputError("The memory is open to no slot: call its `open(num_rows)` first.")
-  memory.written[...] = most_specific(tf_idf(counts, background), len(memory.delta))
+  open_at(memory, most_specific(tf_idf(counts, background), num_open(memory)))
+
+
+def place(memory: Memory, rows: jax.Array, hidden: jax.Array, mask: jax.Array) -> None:
+  """Moves the keys of some slots, in place, to queries of the given states that lie far from one another.
+
+  The first is any, each next one that whose nearest chosen query is the farthest away. States that are equal are chosen
+  once only while there are others.
+
+  Args:
+    memory: without product keys.
+    rows: `[n]` int32 slots.
+    hidden: `[..., dim]` states that were seen.
+    mask: `[...]` states that may be chosen; one at least.
+
+  Raises:
+    InputError: a memory with product keys, whose keys come in pairs.
+
+  Source: the greedy k-centre algorithm (Gonzalez, 1985).
+  """
+  if memory.product_keys:
+    raise InputError("Slots with product keys cannot be placed one by one: take a memory without product_keys.")
+  queries = jnp.moveaxis(memory.queries(hidden), 0, 1)  # [tokens, num_heads, key_dim]
+  flat = jax.lax.stop_gradient(rms_normed(queries) if memory.qk_norm else queries).reshape(len(queries), -1)
+  is_there = mask.reshape(-1) > 0
+
+  def choose(distance, _):
+    index = jnp.argmax(jnp.where(is_there, distance, -1.0))
+    return jnp.minimum(distance, jnp.sum((flat - flat[index]) ** 2, axis=-1)), index
+
+  _, chosen = jax.lax.scan(choose, jnp.full(len(flat), jnp.inf), length=len(rows))
+  memory.keys[...] = memory.keys[...].at[:, rows].set(jnp.moveaxis(queries[chosen], 0, 1))
+
+
+def whiten(memory: Memory, hidden: jax.Array, mask: jax.Array | None = None) -> None:
+  """Changes queries, in place, such that those of the given states have mean 0 and uncorrelated entries of variance 1.
+
+  States of a model have a large common part, and a few directions that vary much more than the others; without this,
+  most of them read the same slots. The projection that is drawn stays, seen from the whitened states: `W` becomes
+  `S^-1/2 W`, W with columns of unit length, for the covariance S of the normed states.
+
+  Args:
+    memory: changed in place.
+    hidden: `[..., dim]` states that were seen, more than dim of them.
+    mask: `[...]` states that count; all when left out.
+
+  Source: the batch norm on queries of Lample et al. (2019), Section 3 and Table 2, with the statistics fixed, and of
+  all directions together.
+  """
+  states = memory.normed(hidden)
+  weights = jnp.ones(len(states)) if mask is None else jnp.asarray(mask).reshape(-1).astype(states.dtype)
+  weights = weights / jnp.sum(weights)
+  mean = weights @ states
+  values, vectors = jnp.linalg.eigh((states - mean).T @ ((states - mean) * weights[:, None]))
+  kept = values > 1e-6 * jnp.max(values)  # a direction without variance tells nothing
+  root = (vectors * jnp.where(kept, values, 1.0) ** -0.5 * kept) @ vectors.T
+  drawn = memory.query[...] / jnp.linalg.norm(memory.query[...], axis=0)
+  memory.query[...] = jnp.einsum("de,ehk->dhk", root, drawn)
+  memory.query_bias[...] = -jnp.einsum("d,dhk->hk", mean, memory.query[...])
 
 
 def revive(memory: Memory, counts: jax.Array, hidden: jax.Array, *, rngs: nnx.Rngs) -> None:

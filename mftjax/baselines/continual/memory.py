@@ -1,40 +1,77 @@
 """Writing into the slots of a memory: into all of them, or into those that a task uses much more than other data.
 
-Before a task its slots are chosen; after it, what was written is folded into the values. The rule `sparse` is that of
-sparse memory fine-tuning, with the slots ranked once a task, over all of its rows, and not for each batch: so the
-optimiser's state is that of the chosen rows alone.
+Before a task its slots are chosen, by the reads of the tokens that predict its answers; after it, what was written is
+folded into the values. The rule `sparse` is that of sparse memory fine-tuning, with the slots ranked once a task, over
+all of its rows, and not for each batch: so the optimiser's state is that of the chosen rows alone.
 
 Source: Continual Learning via Sparse Memory Finetuning (Lin et al., 2025), Section 3.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mftjax import sft
 from mftjax.baselines.continual.method import Method, Setup
 from mftjax.models import MemoryParam, WrittenSlots, slots
 
 HELD = (MemoryParam, WrittenSlots)  # what a run has of a memory beside what is trained, its `MemoryWrite`
-RULES = ("all", "sparse")  # and `frozen`, which writes nothing: no method of its own
+RULES = ("all", "sparse", "new")  # and `frozen`, which writes nothing: no method of its own
 
 
-def usages(setup: Setup, weights, rows, num_parts: int = 1):
-  """`[num_parts, num_slots]` reads of each memory of the model, in a list, on as many parts of the rows."""
+def usages(setup: Setup, weights, rows, masks, num_parts: int = 1):
+  """`[num_parts, num_slots]` reads of each memory of the model, in a list, on as many parts of the rows.
+
+  Args:
+    masks: `[num_rows, length]` tokens whose reads count.
+  """
   model = setup.merge(weights)
   cut = lambda x: x[: len(x) // num_parts * num_parts].reshape(num_parts, -1, *x.shape[1:])
-  count = lambda part: model.memory_usage(part.tokens, part.segment_ids, part.positions)
-  return jax.lax.map(count, jax.tree.map(cut, rows))
+  count = lambda part: model.memory_usage(part[0].tokens, part[0].segment_ids, part[0].positions, part[1])
+  return jax.lax.map(count, jax.tree.map(cut, (rows, masks)))
 
 
 def choose(setup: Setup, params, carry, task, values, key):
   """Opens the slots of the highest TF-IDF to the task; the background is what the base model was trained on."""
   weights = (params, carry["held"])
-  background = usages(setup, weights, setup.background, num_parts=min(32, len(setup.background.tokens)))
-  counts = usages(setup, weights, task.rows)
+  others = setup.background
+  background = usages(setup, weights, others, others.segment_ids > 0, num_parts=min(32, len(others.tokens)))
+  # Only where an answer is given: what is read elsewhere is not what the task has to learn.
+  answering = jnp.pad(sft.target_mask(task.rows), ((0, 0), (0, 1)))
+  counts = usages(setup, weights, task.rows, answering)
   model = setup.merge(weights)
   for memory, own, other in zip(model.memories(), counts, background, strict=True):
     slots.open_most_specific(memory, own[0], other)
   return params, {**carry, "held": nnx.state(model, HELD)}
+
+
+def allocate(setup: Setup, params, carry, task, values, key):
+  """Opens the next block of slots, none of which another task has written, with their keys at the task's own queries.
+
+  When all blocks are used, the oldest one is taken again.
+  """
+  model = setup.merge((params, carry["held"]))
+  for number, memory in enumerate(model.memories()):
+    rows = block(memory.num_slots, slots.num_open(memory), task.number)
+    slots.open_at(memory, rows)
+    place(model, number, rows, task.rows)
+  return params, {**carry, "held": nnx.state(model, HELD)}
+
+
+def block(num_slots: int, num_rows: int, number):
+  """`[num_rows]` int32 slots of a task's own block."""
+  return (number % max(num_slots // num_rows, 1)) * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+
+
+def place(model, number: int, rows, batch) -> None:
+  """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch."""
+  memory = model.memories()[number]
+  inputs = model.memory_inputs(batch.tokens, batch.segment_ids, batch.positions)
+  own = [x for x, layer in zip(inputs, model.memory_layers, strict=True) if model.memory_of(layer) is memory]
+  answering = jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1)))
+  slots.place(memory, rows, jnp.stack(own), jnp.stack([answering] * len(own)))
 
 
 def fold(setup: Setup, params, carry, task, values):
@@ -47,6 +84,5 @@ def fold(setup: Setup, params, carry, task, values):
 
 def method(rule: str) -> Method:
   """The method of a rule in `RULES`."""
-  if rule == "all":
-    return Method(trained="memory", end=fold)
-  return Method(trained="memory", begin=choose, end=fold)
+  method = Method(trained="memory", end=fold)
+  return method if rule == "all" else dataclasses.replace(method, begin={"sparse": choose, "new": allocate}[rule])

@@ -1,0 +1,280 @@
+"""Methods against forgetting, compared: how they are tuned, runs that are killed or diverge, and the command."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pages import ROOT
+
+from configs import continual as continual_config
+from mftjax import errors, files, metrics, sft
+from mftjax.loops import continual, sequence
+from tests.test_loops_sequence import tiny_setting
+
+SPACE = {"learning_rate": ("log", (1e-4, 1e-2)), "replayed": ("linear", (0.1, 0.8)), "decay": ("linear", (-1.0, 0.0))}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(0, 1000))
+def test_trials_start_in_the_middle_stay_within_bounds_and_are_the_same_again(count, seed):
+  found = continual.trials(SPACE, count, seed)
+  assert found[0] == pytest.approx({"learning_rate": 1e-3, "replayed": 0.45, "decay": -0.5})
+  assert found == continual.trials(SPACE, count, seed) and len(found) == count
+  for values in found:
+    assert all(low <= values[name] <= high for name, (_, (low, high)) in SPACE.items())
+
+
+def test_trials_are_spread_evenly_in_the_scale():
+  found = continual.trials(SPACE, 65, seed=1)[1:]
+  assert found != continual.trials(SPACE, 65, seed=2)[1:]
+  parts = np.asarray(
+    [[np.log10(v["learning_rate"]) / 2 + 2, (v["replayed"] - 0.1) / 0.7, v["decay"] + 1] for v in found]
+  )
+  for column in parts.T:
+    counts = np.histogram(column, bins=4, range=(0, 1))[0]
+    assert counts.min() >= 13 and counts.sum() == 64
+
+
+@functools.cache
+def tiny_entry(name):
+  return continual.entry(tiny_setting(), name, {})
+
+
+def fake_runs(accuracy, loss):
+  last = sequence.Measured(jnp.asarray(accuracy), jnp.asarray(loss), jnp.zeros(len(loss)))
+  return continual.Runs(last, [last], [], None)
+
+
+@pytest.mark.parametrize(
+  ("accuracy", "loss", "best"),
+  [
+    ([0.2, 0.6, 0.5, 0.1], [1.0, 3.0, 1.0, 0.5], 1),
+    ([0.2, 0.5, 0.5, 0.1], [1.0, 3.0, 2.0, 0.5], 2),  # of equals, the lowest loss
+    ([0.2, 0.9, 0.5, 0.1], [1.0, np.nan, 2.0, 0.5], 2),  # one that diverged is never the best
+    ([0.0, 0.0, 0.0, 0.0], [np.nan, np.nan, 2.0, np.inf], 2),
+  ],
+)
+def test_tuning_takes_the_trial_of_the_best_accuracy(monkeypatch, accuracy, loss, best):
+  setting = tiny_setting()
+  config = setting.config.copy_and_resolve_references()
+  config.continual.num_trials = 4
+  validation = jnp.asarray([[7, 8, 6], [8, 6, 7]])
+  setting = dataclasses.replace(setting, config=config, validation=validation)
+  seen = []
+
+  def in_groups(setting, found, values, order, keys, is_measured):
+    seen.append((values, order, keys))
+    of_each = lambda x: np.repeat(np.asarray(x)[:, None], 2, axis=1).reshape(-1)[:, None] + np.asarray([-0.05, 0, 0.05])
+    return fake_runs(of_each(accuracy), of_each(loss))
+
+  monkeypatch.setattr(continual, "in_groups", in_groups)
+  found = tiny_entry("memory")
+  assert continual.tuned(setting, found, 3) == continual.trials(found.space, 4, 3)[best]
+  ((values, order, keys),) = seen
+  np.testing.assert_array_equal(order, jnp.tile(validation, (4, 1)))
+  trial_of = [one["learning_rate"] for one in values]
+  assert trial_of == [trial["learning_rate"] for trial in continual.trials(found.space, 4, 3) for _ in range(2)]
+  # All trials of a sequence draw the same batches.
+  drawn = np.asarray(jax.random.key_data(keys)).reshape(4, 2, -1)
+  assert (drawn == drawn[0]).all() and (drawn[0, 0] != drawn[0, 1]).any()
+
+
+def test_each_method_has_its_hyperparameters_and_memories_their_own():
+  fixed = {name: tiny_entry(name).fixed for name in ("memory", "A-GEM", "sequential full")}
+  options = tiny_setting().config.continual
+  assert fixed["memory"]["eps"] == options.memory_eps == 1.0 and fixed["memory"]["weight_decay"] == 0
+  # The eps that memories are written with would make AdamW of other weights a very slow SGD.
+  for name in ("A-GEM", "sequential full"):
+    assert fixed[name] == sft.DEFAULTS | {"learning_rate": fixed[name]["learning_rate"]}
+  assert tiny_entry("sequential full").space["learning_rate"] == ("log", options.full_learning_rates)
+  assert set(tiny_entry("replay 5 %").space) == {"learning_rate", "replayed"}
+  learnt = {"meta": continual.retention.init_meta_params(tiny_setting().config, tiny_entry("memory").setup)["memory"]}
+  values = sft.DEFAULTS | {"learning_rate": 20.0, "eps": 3.0, "weight_decay": 0.0}
+  ours = continual.entry(tiny_setting(), "memory, meta-learned, replay 5 %", {**learnt, "values": values})
+  assert ours.fixed["eps"] == 3.0 and ours.space["learning_rate"] == ("log", (5.0, 80.0))
+  assert ours.method.stored_fraction == 0.05 and ours.method.trained == "memory"
+
+
+VALUES = {"learning_rate": 100.0}
+
+
+def run(entry, folder=None, order=None, values=VALUES):
+  setting = tiny_setting()
+  order = setting.stream.order if order is None else order
+  keys = jax.vmap(jax.random.key)(jnp.arange(2))
+  return continual.run(setting, entry, [{**entry.fixed, **values}] * 2, order, keys, folder)
+
+
+@functools.cache
+def whole_run():
+  """Two runs of the memory over three tasks, not interrupted; for other files too."""
+  return run(tiny_entry("memory"))
+
+
+@pytest.fixture(scope="module")
+def whole():
+  return whole_run()
+
+
+def test_a_run_has_a_matrix_and_what_each_task_wrote(whole):
+  assert whole.matrix("loss").shape == whole.matrix("accuracy").shape == (2, 3, 3)
+  assert len(whole.written) == 3 and all(0 < len(slots) <= 8 for slots in whole.written)
+  # A task's own loss falls when it is learnt.
+  before = np.asarray(whole.before.loss)
+  assert whole.matrix("loss")[:, 0, 0].mean() < before[:, 0].mean()
+
+
+class Killed(Exception):
+  pass
+
+
+@pytest.mark.parametrize("count", [2, 3], ids=["between tasks", "inside a task"])
+def test_a_run_that_is_killed_goes_on_to_the_same_matrices(whole, tmp_path, count):
+  entry, calls = tiny_entry("memory"), []
+
+  def advance(state, values, order, number, keys, steps):
+    if len(calls) == count:
+      raise Killed
+    calls.append((int(number), *map(int, steps)))
+    return entry.programs.advance(state, values, order, number, keys, steps)
+
+  counting = dataclasses.replace(entry, programs=dataclasses.replace(entry.programs, advance=advance))
+  with pytest.raises(Killed):
+    run(counting, tmp_path)
+  assert len(calls) == count
+  count, done = 99, calls.copy()
+  resumed = run(counting, tmp_path)
+  # Nothing is done twice.
+  assert calls == [(task, *steps) for task in range(3) for steps in ((0, 1), (2, 3))] and calls[: len(done)] == done
+  for name in ("accuracy", "loss"):
+    np.testing.assert_array_equal(resumed.matrix(name), whole.matrix(name))
+  for found, wanted in zip(resumed.written, whole.written, strict=True):
+    np.testing.assert_array_equal(found, wanted)
+  for found, wanted in zip(jax.tree.leaves(resumed.final), jax.tree.leaves(whole.final), strict=True):
+    np.testing.assert_array_equal(found, wanted)
+  again = run(counting, tmp_path)
+  assert len(calls) == 6
+  np.testing.assert_array_equal(again.matrix("loss"), whole.matrix("loss"))
+
+
+def test_filling_up_a_group_changes_nothing(whole):
+  """Three runs, two at once: the first two as before, and the third like the first, whose it repeats."""
+  setting, entry = tiny_setting(), tiny_entry("memory")
+  order = jnp.concatenate([setting.stream.order, setting.stream.order[:1]])
+  keys = jax.vmap(jax.random.key)(jnp.asarray([0, 1, 0]))
+  found = continual.in_groups(setting, entry, [{**entry.fixed, **VALUES}] * 3, order, keys)
+  np.testing.assert_array_equal(found.matrix("loss")[:2], whole.matrix("loss"))
+  np.testing.assert_array_equal(found.matrix("loss")[2], whole.matrix("loss")[0])
+  np.testing.assert_array_equal(found.before.loss[2], whole.before.loss[0])
+
+
+def test_the_row_of_a_method_sums_up_its_matrices(whole, tmp_path):
+  entry = tiny_entry("memory")
+  files.write_json(tmp_path / "values.json", VALUES)
+  found = continual._row(tiny_setting(), entry, 0, tmp_path)
+  losses, row = whole.matrix("loss"), found["row"]
+  each = [metrics.continual_loss(one, start) for one, start in zip(losses, np.asarray(whole.before.loss), strict=True)]
+  for name in ("average_loss", "backward_transfer", "forgetting"):
+    assert row["loss"][name][0] == pytest.approx(np.mean([one[name] for one in each]), rel=1e-6)
+  np.testing.assert_allclose(row["matrix"]["loss"], losses.mean(axis=0), rtol=1e-6)
+  change = np.asarray(whole.after[-1].base_loss) / np.asarray(whole.before.base_loss) - 1
+  assert row["base_loss_change"][0] == pytest.approx(change.mean(), rel=1e-5)
+  assert row["trained_parameters"] == 8 * 16 and row["stored_rows"] == 0 and row["values"] == VALUES
+  assert found["memory"]["num_slots"] == 64
+
+
+def test_a_method_that_diverges_has_a_row_with_finite_accuracies(tmp_path):
+  entry = tiny_entry("memory")
+  files.write_json(tmp_path / "values.json", {"learning_rate": 3e38, "eps": 1e-8})
+  found = continual._row(tiny_setting(), entry, 0, tmp_path)
+  row = found["row"]
+  assert row["base_loss_change"] is None and "not finite" in continual._summary(row)
+  assert all(np.isfinite(x).all() for x in row["accuracy"].values())
+  assert all(np.isfinite(x).all() for x in row["loss"].values())
+  assert row["matrix"]["loss"][2][0] is None and row["base_loss"][3] is None and row["base_loss"][0] > 0
+  json.dumps(found, allow_nan=False)  # what other readers of JSON do not know
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sequential full", "sequential LoRA", "L2-SP", "EWC", "LwF", "O-LoRA", "merging"])
+def test_every_method_learns_the_first_task(name):
+  entry = tiny_entry(name)
+  low = {key: bounds[0] for key, (_, bounds) in entry.space.items()}
+  found = run(entry, values=low | {"learning_rate": 0.05} | ({"merge_scale": 1.0} if name == "merging" else {}))
+  losses, before = found.matrix("loss"), np.asarray(found.before.loss)
+  assert np.isfinite(losses).all() and (losses[:, 0, 0] < before[:, 0] - 0.01).all()
+  if "stack" in found.final.carry:  # each task has left adapters of its own
+    for stack in jax.tree.leaves(found.final.carry["stack"]):
+      assert np.any(np.asarray(stack[:, :2]), axis=(2, 3, 4)).all()
+
+
+CONFIG = "configs/continual.py:tiny"
+SMALL = ("--config.lora.targets=('q_proj',)", "--config.continual.methods=('joint', 'memory')")
+
+
+def command(workdir, *extra):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.continual", f"--config={CONFIG}", f"--workdir={workdir}", *extra],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+  )
+
+
+@pytest.mark.slow
+def test_the_comparison_as_a_user_starts_it(tmp_path):
+  workdir = tmp_path / "run"
+  done = command(workdir, *SMALL)
+  assert done.returncode == 0, done.stderr
+  result = json.loads((workdir / "continual.json").read_text())
+  assert [row["name"] for row in result["rows"]] == ["joint", "memory"]
+  assert all(word in done.stdout for word in ("memory", "joint", "continual.json", "continual.html"))
+  assert result["num_tasks"] == len(result["task_names"]) == 3 and result["tokens_per_task"] == 4 * 8 * 28
+  groups = {row["name"]: row["group"] for row in result["rows"]}
+  assert groups == {"joint": "upper bound", "memory": "ours"}
+  assert "joint" in (workdir / "continual.html").read_text()
+  kept = {path: path.stat().st_mtime_ns for path in (workdir / "methods").rglob("*") if path.is_file()}
+  again = command(workdir, *SMALL)
+  assert again.returncode == 0, again.stderr
+  assert {path: path.stat().st_mtime_ns for path in (workdir / "methods").rglob("*") if path.is_file()} == kept
+  assert json.loads((workdir / "continual.json").read_text()) == result
+
+
+BAD = {
+  "unknown method": (["--config.continual.methods=('EWCC',)"], "Did you mean 'EWC'"),
+  "slots are no square": (["--config.memory.num_slots=60"], "num_slots = 60"),
+  "more reads than slots": (["--config.memory.top_k=65"], "top_k = 65"),
+  "unknown kind": (["--config.continual.kinds=('rule', 'code', 'fact')"], "Did you mean 'facts'"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_flag_is_one_message_and_exit_2(name, tmp_path):
+  flags, expected = BAD[name]
+  done = command(tmp_path / "untouched", "--config.continual.base_steps=1", *flags)
+  assert done.returncode == 2, done.stderr
+  assert expected in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+  assert not (tmp_path / "untouched").exists()
+
+
+def test_an_unknown_method_is_named_before_anything_is_written(tmp_path):
+  config = continual_config.get_config("tiny")
+  config.continual.methods = ("joint", "sequential LORA")
+  with pytest.raises(errors.InputError, match="Did you mean 'sequential LoRA'"):
+    continual.compare(config, tmp_path / "untouched")
+  assert not (tmp_path / "untouched").exists()
+
+
+def test_methods_have_files_of_their_own():
+  names = [continual._file_name(name) for name in continual.METHODS]
+  assert len(set(names)) == len(names) and "replay_5_percent" in names

@@ -1,0 +1,183 @@
+"""Meta-training of a memory: its gradient against differences, its episode against plain runs, and resuming."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mftjax import metagrad, sft, tracking
+from mftjax.baselines import continual as methods_lib
+from mftjax.loops import retention, sequence
+from mftjax.loops import task as task_lib
+from mftjax.models import lora
+from tests.test_loops_sequence import tiny_setting
+
+
+def test_a_restarting_optimizer_is_a_new_one_for_each_task():
+  plain = lambda: optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda step: -0.1 / (step + 1.0)))
+  ours = retention.restarting(plain(), 3)
+  params = theirs = {"w": jnp.asarray([1.0, -2.0])}
+  state = ours.init(params)
+  for step in range(8):
+    if step % 3 == 0:
+      fresh, fresh_state = plain(), plain().init(theirs)
+    grads = {"w": jnp.asarray([0.3 * step + 0.1, -1.0])}
+    updates, state = ours.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    updates, fresh_state = fresh.update(grads, fresh_state, theirs)
+    theirs = optax.apply_updates(theirs, updates)
+    np.testing.assert_array_equal(params["w"], theirs["w"])
+
+
+def in_f64(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+@pytest.fixture(scope="module")
+def config():
+  config = tiny_setting().config.copy_and_resolve_references()
+  config.checkpoint_every = 1
+  return config
+
+
+@pytest.fixture(scope="module")
+def exact(config):
+  """An episode in f64 with a memory that holds something and is all open: `(setup, stream, meta_params, value)`."""
+  with jax.enable_x64(True):
+    config = config.copy_and_resolve_references()
+    config.model.dtype, config.meta.clip_norm, config.memory.num_slots = "float64", 1e9, 16
+    config.memory.top_k, config.memory.key_dim = 3, 4
+    setting = tiny_setting()
+    decoder, _ = task_lib.load_model(config)
+    graphdef, params = nnx.split(decoder)
+    background = in_f64(setting.background)
+    own = dataclasses.replace(setting, config=config, base=(graphdef, in_f64(params)), background=background)
+    setup = own.setup("memory", 16)
+    setup = dataclasses.replace(setup, **{n: in_f64(getattr(setup, n)) for n in ("params", "held", "frozen")})
+    training = setting.training
+    stream = dataclasses.replace(training, **{n: in_f64(getattr(training, n)) for n in ("train", "test", "base")})
+    meta_params = in_f64(retention.init_meta_params(config, setup))
+    rng = np.random.default_rng(0)
+    meta_params["memory"] = jax.tree.map_with_path(
+      lambda path, x: jnp.asarray(rng.normal(size=x.shape)) if "values" in lora.names_of(path) else x,
+      meta_params["memory"],
+    )
+    episode = jax.jit(
+      lambda meta_params: retention.episode(config, setup, stream, meta_params, stream.order[1], jax.random.key(5))
+    )
+    yield config, setup, stream, meta_params, episode, episode(meta_params)
+
+
+def changed(meta_params, name, place, amount):
+  add = lambda path, x: x.at[place].add(amount) if name in lora.names_of(path) else x
+  return jax.tree.map_with_path(add, meta_params)
+
+
+def leaf(tree, name):
+  (found,) = [x for path, x in jax.tree.leaves_with_path(tree) if name in lora.names_of(path)]
+  return found
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "eps", "keys", "query", "values", "log_temperature"])
+def test_the_gradient_of_an_episode_is_its_slope(exact, name):
+  _, _, _, meta_params, episode, (_, grad, _) = exact
+  with jax.enable_x64(True):
+    own = np.asarray(leaf(grad, name))
+    place = np.unravel_index(np.argmax(np.abs(own)), own.shape)
+    step = 1e-6
+    above, below = (episode(changed(meta_params, name, place, sign * step))[0] for sign in (1, -1))
+    slope = float(above - below) / (2 * step)
+  assert own.dtype == np.float64 and abs(slope) > 1e-6
+  assert own[place] == pytest.approx(slope, rel=2e-4)
+
+
+def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
+  """The steps of `sequence`, with a new optimiser and a zero change for each task, on the episode's batches."""
+  config, setup, stream, meta_params, _, (loss, _, metrics) = exact
+  order, steps, method = stream.order[1], config.retention.steps_per_task, methods_lib.memory.method("all")
+  with jax.enable_x64(True):
+    values = retention.hyperparameters(config, meta_params)
+    data_key, _ = jax.random.split(jax.random.key(5))
+    shape = (len(order) * steps, config.batch_size)
+    row = jax.random.randint(data_key, shape, 0, stream.train["tokens"].shape[1])
+    params, carry = setup.params, {"held": retention.held(setup, meta_params["memory"])}
+    problem = metagrad.Problem(
+      lambda params, carry, batch, rng: method.loss(setup, params, carry, batch, values),
+      None,
+      lambda _: sft.optimizer(values, steps),
+    )
+    step_fn = jax.jit(lambda state, carry, batch: metagrad.inner_step(problem, carry, state, batch, None)[0])
+    for number, pool in enumerate(order):
+      state = metagrad.init(problem, None, params)
+      for step in range(number * steps, (number + 1) * steps):
+        batch = sequence.as_batch({name: found[pool, row[step]] for name, found in stream.train.items()})
+        state = step_fn(state, carry, batch)
+      assert float(jnp.abs(leaf(state.params, "delta")).max()) > 1e-3
+      params, carry = method.end(setup, state.params, carry, None, values)
+    losses = jax.jit(lambda rows: sft.row_losses(setup.logits((params, carry["held"]), rows), rows)[0].mean())
+    by_task = [losses(sequence.as_batch({n: found[pool] for n, found in stream.test.items()})) for pool in order]
+    base = losses(sequence.as_batch(stream.base))
+  np.testing.assert_allclose(metrics["tasks"], by_task, rtol=1e-6)
+  assert float(metrics["base"]) == pytest.approx(float(base), rel=1e-6)
+  assert float(loss) == pytest.approx(float(np.mean(by_task) + config.retention.base_weight * base), rel=1e-6)
+
+
+def test_what_is_written_does_not_decay_unless_the_config_learns_that(config):
+  space_free = retention.init_meta_params(config, tiny_setting().setup("memory"))
+  found = retention.hyperparameters(config, space_free)
+  assert found["weight_decay"] == 0.0
+  assert float(found["learning_rate"]) == pytest.approx(100.0) and float(found["eps"]) == pytest.approx(1.0)
+
+
+@pytest.fixture(scope="module")
+def meta_trained(config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("meta")
+  setup = tiny_setting().setup("memory", config.retention.written_rows)
+  return setup, workdir, retention.meta_train(config, setup, tiny_setting().training, workdir)
+
+
+@pytest.mark.slow
+def test_meta_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(config, meta_trained, tmp_path):
+  setup, workdir, whole = meta_trained
+  cut = tmp_path / "cut"
+  shutil.copytree(workdir, cut)
+  shutil.rmtree(cut / "retention" / "2")  # as it was after the first of two steps
+  resumed = retention.meta_train(config, setup, tiny_setting().training, cut)
+  for found, wanted in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_array_equal(found, wanted)
+  before, after = (tracking.read(path / "metrics.jsonl") for path in (workdir, cut))
+  assert [line["step"] for line in after] == [1, 2]
+  assert [line["loss"] for line in after] == [line["loss"] for line in before]
+
+
+@pytest.mark.slow
+def test_meta_training_moves_the_memory_and_the_hyperparameters(config, meta_trained):
+  setup, _, found = meta_trained
+  start = retention.init_meta_params(config, setup)
+  assert float(jnp.abs(leaf(found, "values") - leaf(start, "values")).max()) > 1e-3
+  assert float(jnp.abs(leaf(found, "learning_rate") - leaf(start, "learning_rate"))) > 1e-3
+
+
+@pytest.mark.slow
+def test_held_takes_the_memory_and_keeps_what_is_open(config, meta_trained):
+  setup, _, found = meta_trained
+  new = retention.held(setup, found["memory"])
+  np.testing.assert_array_equal(leaf(new, "values"), leaf(found["memory"], "values"))
+  np.testing.assert_array_equal(leaf(new, "written"), leaf(setup.held, "written"))
+
+
+def test_training_without_an_outer_loop_lowers_the_loss(config):
+  setup, stream = tiny_setting().setup("memory"), tiny_setting().training
+  found = retention.train_without(config, setup, stream, 3e-2)
+  pools = np.unique(stream.order)
+  rows = sequence.as_batch({name: values[pools].reshape(-1, values.shape[-1]) for name, values in stream.train.items()})
+  loss = jax.jit(lambda held: methods_lib.sft_loss(setup, (setup.params, held), rows, {}))
+  before, after = (float(loss(held)) for held in (setup.held, retention.held(setup, found)))
+  assert after < before - 0.05
+  # Keys, too, are trained, as they are by the outer loop.
+  assert float(jnp.abs(leaf(found, "keys") - leaf(setup.held, "keys")).max()) > 1e-3
