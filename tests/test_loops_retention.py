@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from mftjax import metagrad, sft, tracking
+from mftjax import metagrad, models, sft, tracking
 from mftjax.baselines import continual as methods_lib
+from mftjax.loops import episode as episode_lib
 from mftjax.loops import retention, sequence
 from mftjax.loops import task as task_lib
 from mftjax.models import lora
@@ -20,7 +21,7 @@ from tests.test_loops_sequence import tiny_setting
 
 def test_a_restarting_optimizer_is_a_new_one_for_each_task():
   plain = lambda: optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda step: -0.1 / (step + 1.0)))
-  ours = retention.restarting(plain(), 3)
+  ours = episode_lib.restarting(plain(), 3)
   params = theirs = {"w": jnp.asarray([1.0, -2.0])}
   state = ours.init(params)
   for step in range(8):
@@ -45,13 +46,16 @@ def config():
   return config
 
 
-@pytest.fixture(scope="module")
-def exact(config):
+@pytest.fixture(scope="module", params=["sparse", "new"])
+def exact(request, config):
   """An episode in f64 with a memory that holds something and is all open: `(setup, stream, meta_params, value)`."""
   with jax.enable_x64(True):
     config = config.copy_and_resolve_references()
     config.model.dtype, config.meta.clip_norm, config.memory.num_slots = "float64", 1e9, 16
     config.memory.top_k, config.memory.key_dim = 3, 4
+    config.memory.temperature, config.memory.null_cosine = 0.5, 0.5
+    config.continual.write_rule, config.continual.written_rows = request.param, 8
+    assert config.retention.tasks_per_episode == 2
     setting = tiny_setting()
     decoder, _ = task_lib.load_model(config)
     graphdef, params = nnx.split(decoder)
@@ -68,7 +72,9 @@ def exact(config):
       meta_params["memory"],
     )
     episode = jax.jit(
-      lambda meta_params: retention.episode(config, setup, stream, meta_params, stream.order[1], jax.random.key(5))
+      lambda meta_params: episode_lib.value_and_grad(
+        config, setup, stream, meta_params, stream.order[1], jax.random.key(5)
+      )
     )
     yield config, setup, stream, meta_params, episode, episode(meta_params)
 
@@ -83,9 +89,12 @@ def leaf(tree, name):
   return found
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "eps", "keys", "query", "values", "log_temperature"])
+@pytest.mark.parametrize("name", ["learning_rate", "null_score", "keys", "query", "values", "log_temperature"])
 def test_the_gradient_of_an_episode_is_its_slope(exact, name):
-  _, _, _, meta_params, episode, (_, grad, _) = exact
+  config, _, _, meta_params, episode, (_, grad, _) = exact
+  if name == "keys" and config.continual.write_rule == "new":
+    assert not np.any(leaf(grad, name))  # they are where the tasks' queries are
+    return
   with jax.enable_x64(True):
     own = np.asarray(leaf(grad, name))
     place = np.unravel_index(np.argmax(np.abs(own)), own.shape)
@@ -99,13 +108,24 @@ def test_the_gradient_of_an_episode_is_its_slope(exact, name):
 def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
   """The steps of `sequence`, with a new optimiser and a zero change for each task, on the episode's batches."""
   config, setup, stream, meta_params, _, (loss, _, metrics) = exact
-  order, steps, method = stream.order[1], config.retention.steps_per_task, methods_lib.memory.method("all")
+  order, steps = stream.order[1], config.retention.steps_per_task
+  is_new = config.continual.write_rule == "new"
+  method = methods_lib.memory.method("new" if is_new else "all")
+  if is_new:  # each task opens a block of its own
+    model = setup.merge((setup.params, setup.held))
+    model.memory.open(config.continual.written_rows)
+    setup = dataclasses.replace(
+      setup,
+      graphdef=nnx.graphdef(model),
+      params=in_f64(nnx.state(model, models.MemoryWrite)),
+      held=nnx.state(model, methods_lib.memory.HELD),
+    )
   with jax.enable_x64(True):
-    values = retention.hyperparameters(config, meta_params)
+    values = episode_lib.hyperparameters(config, meta_params)
     data_key, _ = jax.random.split(jax.random.key(5))
     shape = (len(order) * steps, config.batch_size)
     row = jax.random.randint(data_key, shape, 0, stream.train["tokens"].shape[1])
-    params, carry = setup.params, {"held": retention.held(setup, meta_params["memory"])}
+    params, carry = setup.params, {"held": episode_lib.held(setup, meta_params["memory"])}
     problem = metagrad.Problem(
       lambda params, carry, batch, rng: method.loss(setup, params, carry, batch, values),
       None,
@@ -113,6 +133,8 @@ def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
     )
     step_fn = jax.jit(lambda state, carry, batch: metagrad.inner_step(problem, carry, state, batch, None)[0])
     for number, pool in enumerate(order):
+      task = methods_lib.Task(number, sequence.task_rows(stream, pool))
+      params, carry = method.begin(setup, params, carry, task, values, None)
       state = metagrad.init(problem, None, params)
       for step in range(number * steps, (number + 1) * steps):
         batch = sequence.as_batch({name: found[pool, row[step]] for name, found in stream.train.items()})
@@ -129,9 +151,9 @@ def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
 
 def test_what_is_written_does_not_decay_unless_the_config_learns_that(config):
   space_free = retention.init_meta_params(config, tiny_setting().setup("memory"))
-  found = retention.hyperparameters(config, space_free)
+  found = episode_lib.hyperparameters(config, space_free)
   assert found["weight_decay"] == 0.0
-  assert float(found["learning_rate"]) == pytest.approx(100.0) and float(found["eps"]) == pytest.approx(1.0)
+  assert float(found["learning_rate"]) == pytest.approx(5.0)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +188,7 @@ def test_meta_training_moves_the_memory_and_the_hyperparameters(config, meta_tra
 @pytest.mark.slow
 def test_held_takes_the_memory_and_keeps_what_is_open(config, meta_trained):
   setup, _, found = meta_trained
-  new = retention.held(setup, found["memory"])
+  new = episode_lib.held(setup, found["memory"])
   np.testing.assert_array_equal(leaf(new, "values"), leaf(found["memory"], "values"))
   np.testing.assert_array_equal(leaf(new, "written"), leaf(setup.held, "written"))
 
@@ -177,7 +199,7 @@ def test_training_without_an_outer_loop_lowers_the_loss(config):
   pools = np.unique(stream.order)
   rows = sequence.as_batch({name: values[pools].reshape(-1, values.shape[-1]) for name, values in stream.train.items()})
   loss = jax.jit(lambda held: methods_lib.sft_loss(setup, (setup.params, held), rows, {}))
-  before, after = (float(loss(held)) for held in (setup.held, retention.held(setup, found)))
+  before, after = (float(loss(held)) for held in (setup.held, episode_lib.held(setup, found)))
   assert after < before - 0.05
   # Keys, too, are trained, as they are by the outer loop.
   assert float(jnp.abs(leaf(found, "keys") - leaf(setup.held, "keys")).max()) > 1e-3

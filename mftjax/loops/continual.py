@@ -19,7 +19,7 @@ from mftjax import checkpoint, command, errors, files, metrics, models, sft
 from mftjax import config as config_lib
 from mftjax.baselines import continual as methods_lib
 from mftjax.data import sequences
-from mftjax.loops import base_model, learnt_memory, retention, sequence
+from mftjax.loops import base_model, episode, learnt_memory, retention, sequence
 from mftjax.loops import task as task_lib
 from mftjax.models import slots
 
@@ -60,6 +60,8 @@ class Setting:
       rows = self.background
       states = model.memory_inputs(rows.tokens, rows.segment_ids, rows.positions)
       for number, memory in enumerate(model.memories()):
+        if config.continual.write_rule == "new":
+          memory.keys[...] = jnp.zeros_like(memory.keys[...])  # no query is near a slot that no task has yet
         if config.memory.whitened:
           slots.whiten(memory, states[number], rows.segment_ids > 0)
         memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))
@@ -134,15 +136,15 @@ def entry(setting: Setting, name: str, memories: Mapping[str, Any]) -> Entry:
   if name.endswith("replay 5 %") and name not in methods_lib.METHODS:
     method = methods_lib.replay.replaying(method, 0.05)
   setup = setting.setup(method.trained)
-  # The config's eps is that of writing into a memory; Adam's updates of other weights would vanish with it.
-  fixed = config_lib.default_hyperparameters(setting.config) | {"eps": sft.DEFAULTS["eps"]}
-  rates = tuple(options[f"{method.trained}_learning_rates"])
+  # The config's hyperparameters are those of writing into a memory.
+  fixed = dict(sft.DEFAULTS)
   if method.trained == "memory":
-    fixed |= {"eps": options.memory_eps, "weight_decay": 0.0}
+    fixed = config_lib.default_hyperparameters(setting.config) | {"weight_decay": 0.0}
+  rates = tuple(options[f"{method.trained}_learning_rates"])
   if name == "memory, no outer loop":
-    setup = dataclasses.replace(setup, held=retention.held(setup, memories["joint"]))
+    setup = dataclasses.replace(setup, held=episode.held(setup, memories["joint"]))
   if "meta-learned" in name:
-    setup = dataclasses.replace(setup, held=retention.held(setup, memories["meta"]))
+    setup = dataclasses.replace(setup, held=episode.held(setup, memories["meta"]))
     fixed |= memories["values"]
     rates = tuple(memories["values"]["learning_rate"] * factor for factor in (0.25, 4.0))
   space = {"learning_rate": ("log", rates), **method.hyperparameters}
@@ -312,9 +314,9 @@ def _memories(setting: Setting, names: Sequence[str], workdir: pathlib.Path) -> 
     return found, about
   if any("meta-learned" in name for name in names):
     start = time.monotonic()
-    setup = setting.setup("memory", options.written_rows)
+    setup = setting.setup("memory", episode.num_open(config))
     meta_params = retention.meta_train(config, setup, setting.training, workdir)
-    values = {name: float(x) for name, x in retention.hyperparameters(config, meta_params).items()}
+    values = {name: float(x) for name, x in episode.hyperparameters(config, meta_params).items()}
     found |= {"meta": meta_params["memory"], "values": values}
     episodes = options.outer_steps * options.episodes
     about = {"outer_steps": options.outer_steps, "episodes": episodes, "seconds": time.monotonic() - start}

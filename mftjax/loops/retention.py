@@ -1,13 +1,4 @@
-"""Meta-training of a memory over sequences of tasks: what it holds, and how it is addressed and written.
-
-An episode is a short sequence of tasks, learnt one after another with the very steps of `sequence`; the outer loss is
-that on all of them at its end, and on the base model's own data. No data of an earlier task is seen again. Its gradient
-flows back through the whole episode to keys, queries, gates, temperatures and values of the slots, and to the
-hyperparameters, so that writing the next task is learnt not to disturb the last ones.
-
-Source: the objective of online-aware meta-learning (Javed & White, 2019, "Meta-Learning Representations for Continual
-Learning", equation 2), with the slots' values in place of its prediction network.
-"""
+"""Meta-training of a memory over sequences of tasks, and the same memory trained without an outer loop."""
 
 import dataclasses
 import functools
@@ -26,31 +17,8 @@ from mftjax import checkpoint, metagrad, models, sft, tracking
 from mftjax import config as config_lib
 from mftjax.baselines import continual
 from mftjax.data import sequences
-from mftjax.loops import many_tasks, sequence
+from mftjax.loops import episode, sequence
 from mftjax.loops import task as task_lib
-
-
-def restarting(optimizer: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
-  """The optimiser, whose state is made anew every so many steps, as at the start of each task."""
-
-  def init(params):
-    return jnp.zeros((), jnp.int32), optimizer.init(params)
-
-  def update(updates, state, params=None):
-    count, inner = state
-    inner = jax.tree.map(lambda new, old: jnp.where(count % every == 0, new, old), optimizer.init(params), inner)
-    updates, inner = optimizer.update(updates, inner, params)
-    return updates, (count + 1, inner)
-
-  return optax.GradientTransformation(init, update)
-
-
-def hyperparameters(config: ml_collections.ConfigDict, meta_params: Any) -> dict[str, Any]:
-  """The constrained hyperparameters of the inner steps, those that are learned and those that are not."""
-  space = config_lib.space(config)
-  # At the learning rates of a memory, the common weight decay would undo each write within a step.
-  fixed = config_lib.default_hyperparameters(config) | {"weight_decay": 0.0}
-  return {**fixed, **space.constrain(meta_params["hyperparameters"])}
 
 
 def init_meta_params(config: ml_collections.ConfigDict, setup: continual.Setup) -> dict[str, Any]:
@@ -58,68 +26,6 @@ def init_meta_params(config: ml_collections.ConfigDict, setup: continual.Setup) 
   memory, _ = nnx.split_state(setup.held, models.MemoryParam, ...)
   space = config_lib.space(config)
   return {"memory": memory, "hyperparameters": space.init(config_lib.initial_hyperparameters(config))}
-
-
-def held(setup: continual.Setup, memory: Any) -> Any:
-  """The setup's held state with this memory in place of its own."""
-  _, written = nnx.split_state(setup.held, models.MemoryParam, ...)
-  return nnx.merge_state(memory, written)
-
-
-def episode(
-  config: ml_collections.ConfigDict,
-  setup: continual.Setup,
-  stream: sequences.Stream,
-  meta_params: Any,
-  order: jax.Array,
-  key: jax.Array,
-) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-  """Outer loss, its gradient and figures of one sequence `order` `[num_tasks]`; the gradient is 0 if not finite."""
-  options, num_tasks = config.retention, len(order)
-  length = num_tasks * options.steps_per_task
-  data_key, run_key = jax.random.split(key)
-  pools = jnp.repeat(order, options.steps_per_task)[:, None]
-  row = jax.random.randint(data_key, (length, config.batch_size), 0, stream.train["tokens"].shape[1])
-  drawn = {name: values[pools, row] for name, values in stream.train.items()}
-  batches = jax.vmap(sequence.as_batch)(drawn)
-  opened = _opened(setup, stream, meta_params["memory"], order)
-
-  def read(params, meta_params):
-    return params, nnx.merge_state(meta_params["memory"], opened)
-
-  def inner_loss(params, meta_params, batch, rng):
-    values = hyperparameters(config, meta_params)
-    return continual.sft_loss(setup, read(params, meta_params), batch, values)
-
-  def outer_loss(params, meta_params, batch, rng):
-    tested, base = batch
-    mean = lambda rows: sft.row_losses(setup.logits(read(params, meta_params), rows), rows)[0]
-    by_task = mean(tested).reshape(num_tasks, -1).mean(axis=1)
-    base_loss = mean(base).mean()
-    return by_task.mean() + options.base_weight * base_loss, {"tasks": by_task, "base": base_loss}
-
-  def optimizer(meta_params):
-    values = hyperparameters(config, meta_params)
-    return restarting(sft.optimizer(values, options.steps_per_task), options.steps_per_task)
-
-  problem = metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
-  tested = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.test.items()}
-  outer = sequence.as_batch(tested), sequence.as_batch(stream.base)
-  state = metagrad.init(problem, meta_params, setup.params)
-  step = metagrad.value_and_grad(problem, config.meta.method, **config_lib.method_options(config))
-  out = step(meta_params, state, batches, outer, run_key)
-  is_finite = out.metrics["is_finite"]
-  grad = jax.tree.map(lambda g: jnp.where(is_finite, g, 0.0), out.grad)
-  return out.loss, many_tasks.clipped(grad, config.meta.clip_norm), {**out.metrics["aux"], "is_finite": is_finite}
-
-
-def _opened(setup: continual.Setup, stream: sequences.Stream, memory: Any, order: jax.Array) -> Any:
-  """The slots that an episode writes: those of all its tasks together, since the inner steps' shapes stay the same."""
-  rows = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.train.items()}
-  task = continual.Task(jnp.zeros((), jnp.int32), sequence.as_batch(rows))
-  carry = {"held": held(setup, memory)}
-  _, carry = continual.memory.choose(setup, setup.params, carry, task, None, None)
-  return jax.lax.stop_gradient(nnx.split_state(carry["held"], models.MemoryParam, ...)[1])
 
 
 def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -148,7 +54,11 @@ def meta_train(
   @jax.jit
   def outer_step(frozen, rows, meta_params, opt_state, key):
     one = functools.partial(
-      episode, config, dataclasses.replace(setup, frozen=frozen), dataclasses.replace(stream, **rows), meta_params
+      episode.value_and_grad,
+      config,
+      dataclasses.replace(setup, frozen=frozen),
+      dataclasses.replace(stream, **rows),
+      meta_params,
     )
     draw_key, run_key = jax.random.split(key)
     drawn = jax.random.choice(draw_key, len(stream.order), (options.episodes,), replace=False)
@@ -177,7 +87,7 @@ def meta_train(
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         *state, figures = outer_step(setup.frozen, rows, *state, key)
         skipped = skipped + 1 if float(figures["grad_norm"]) == 0.0 else 0
-        values = {name: float(x) for name, x in hyperparameters(config, state[0]).items()}
+        values = {name: float(x) for name, x in episode.hyperparameters(config, state[0]).items()}
         line = {name: np.asarray(x).tolist() for name, x in figures.items()}
         learned = {name: values[name] for name in config_lib.space(config).spaces}
         tracker.log(step + 1, line | {"hyperparameters": learned})

@@ -1,0 +1,175 @@
+"""The meta-gradient through one sequence of tasks, by which a memory learns how to be addressed and written.
+
+An episode is a short sequence of tasks, learnt one after another with the very steps of `sequence`; the outer loss is
+that on all of them at its end, and on the base model's own data. No data of an earlier task is seen again. Its gradient
+flows back through the whole episode to keys, queries, gates, temperatures and values of the slots, and to the
+hyperparameters, so that writing the next task is learnt not to disturb the last ones.
+
+Source: the objective of online-aware meta-learning (Javed & White, 2019, "Meta-Learning Representations for Continual
+Learning", equation 2), with the slots' values in place of its prediction network.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+
+from mftjax import config as config_lib
+from mftjax import metagrad, models, sft
+from mftjax.baselines import continual
+from mftjax.data import sequences
+from mftjax.loops import many_tasks, sequence
+
+
+def restarting(
+  optimizer: optax.GradientTransformation, every: int, block: int | None = None
+) -> optax.GradientTransformation:
+  """The optimiser, whose state is made anew every so many steps, as at the start of each task.
+
+  Args:
+    block: rows (of the first axis of every parameter) that a task moves: the first so many in the first `every` steps,
+      then the next, and so on; None: all rows always. This stands here and not in the loss, where a gradient that is
+      stopped would make the loss's second derivative one that is not symmetric, which forward over reverse needs.
+  """
+
+  def init(params):
+    return jnp.zeros((), jnp.int32), optimizer.init(params)
+
+  def update(updates, state, params=None):
+    count, inner = state
+    inner = jax.tree.map(lambda new, old: jnp.where(count % every == 0, new, old), optimizer.init(params), inner)
+    if block is not None:
+      is_own = lambda x: (jnp.arange(len(x)) // block == count // every)[:, None]
+      updates = jax.tree.map(lambda x: jnp.where(is_own(x), x, 0.0), updates)
+    updates, inner = optimizer.update(updates, inner, params)
+    return updates, (count + 1, inner)
+
+  return optax.GradientTransformation(init, update)
+
+
+def hyperparameters(config: ml_collections.ConfigDict, meta_params: Any) -> dict[str, Any]:
+  """The constrained hyperparameters of the inner steps, those that are learned and those that are not."""
+  space = config_lib.space(config)
+  # At the learning rates of a memory, the common weight decay would undo each write within a step.
+  fixed = config_lib.default_hyperparameters(config) | {"weight_decay": 0.0}
+  return {**fixed, **space.constrain(meta_params["hyperparameters"])}
+
+
+def held(setup: continual.Setup, memory: Any) -> Any:
+  """The setup's held state with this memory in place of its own."""
+  _, written = nnx.split_state(setup.held, models.MemoryParam, ...)
+  return nnx.merge_state(memory, written)
+
+
+def num_open(config: ml_collections.ConfigDict) -> int:
+  """Slots that an episode's memory is open to, by the rule of writing: those of all its tasks together."""
+  rule, written = config.continual.write_rule, config.continual.written_rows
+  by_rule = {"new": config.retention.tasks_per_episode * written, "sparse": config.retention.written_rows}
+  return min(by_rule.get(rule, config.memory.num_slots), config.memory.num_slots)
+
+
+def value_and_grad(
+  config: ml_collections.ConfigDict,
+  setup: continual.Setup,
+  stream: sequences.Stream,
+  meta_params: Any,
+  order: jax.Array,
+  key: jax.Array,
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+  """Outer loss, its clipped gradient and figures of one sequence.
+
+  Args:
+    setup: of a memory that is open to `num_open` slots.
+    meta_params: `memory`, the state of its `MemoryParam`, and `hyperparameters`, unconstrained.
+    order: `[num_tasks]` pools of the stream.
+    key: of the rows that are drawn.
+
+  Returns:
+    Scalar loss; gradient like meta_params, 0 if it is not finite; `tasks` `[num_tasks]` and `base`, losses in nats, and
+    `is_finite`.
+  """
+  options, num_tasks = config.retention, len(order)
+  length = num_tasks * options.steps_per_task
+  data_key, run_key = jax.random.split(key)
+  number = jnp.repeat(jnp.arange(num_tasks), options.steps_per_task)
+  row = jax.random.randint(data_key, (length, config.batch_size), 0, stream.train["tokens"].shape[1])
+  drawn = {name: values[order[number][:, None], row] for name, values in stream.train.items()}
+  batches = jax.vmap(sequence.as_batch)(drawn), number
+
+  # The inner steps start from slots that are chosen once, so the gradient goes through that choice apart from them.
+  opening = lambda memory: _opened(config, setup, stream, memory, order)
+  memory, pull, written = jax.vjp(opening, meta_params["memory"], has_aux=True)
+
+  def weights(params, meta_params, number):
+    found = params, nnx.merge_state(meta_params["memory"], written)
+    return _as_of(setup, found, number, config.continual.written_rows) if _is_new(config) else found
+
+  def inner_loss(params, meta_params, batch, rng):
+    rows, number = batch
+    values = hyperparameters(config, meta_params)
+    return continual.sft_loss(setup, weights(params, meta_params, number), rows, values)
+
+  def outer_loss(params, meta_params, batch, rng):
+    tested, base = batch
+    last = weights(params, meta_params, num_tasks - 1)
+    mean = lambda rows: sft.row_losses(setup.logits(last, rows), rows)[0]
+    by_task = mean(tested).reshape(num_tasks, -1).mean(axis=1)
+    base_loss = mean(base).mean()
+    return by_task.mean() + options.base_weight * base_loss, {"tasks": by_task, "base": base_loss}
+
+  def optimizer(meta_params):
+    values = hyperparameters(config, meta_params)
+    block = config.continual.written_rows if _is_new(config) else None
+    return restarting(sft.optimizer(values, options.steps_per_task), options.steps_per_task, block)
+
+  problem = metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
+  tested = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.test.items()}
+  outer = sequence.as_batch(tested), sequence.as_batch(stream.base)
+  opened = {**meta_params, "memory": memory}
+  state = metagrad.init(problem, opened, setup.params)
+  step = metagrad.value_and_grad(problem, config.meta.method, **config_lib.method_options(config))
+  out = step(opened, state, batches, outer, run_key)
+  is_finite = out.metrics["is_finite"]
+  grad = {**out.grad, "memory": pull(out.grad["memory"])[0]}
+  grad = jax.tree.map(lambda g: jnp.where(is_finite, g, 0.0), grad)
+  return out.loss, many_tasks.clipped(grad, config.meta.clip_norm), {**out.metrics["aux"], "is_finite": is_finite}
+
+
+def _is_new(config: ml_collections.ConfigDict) -> bool:
+  return config.continual.write_rule == "new"
+
+
+def _opened(
+  config: ml_collections.ConfigDict, setup: continual.Setup, stream: sequences.Stream, memory: Any, order: jax.Array
+) -> tuple[Any, Any]:
+  """The memory as the episode's tasks find it, and which slots they write.
+
+  All tasks' slots are chosen before the first step, which changes nothing: neither hidden states nor queries move
+  within an episode. With the rule `sparse` they are chosen for all tasks together, so that shapes stay the same.
+  """
+  carry = {"held": held(setup, memory)}
+  if _is_new(config):
+    model = setup.merge((setup.params, carry["held"]))
+    for number, pool in enumerate(order):
+      for place, found in enumerate(model.memories()):
+        rows = continual.memory.block(found.num_slots, config.continual.written_rows, number)
+        continual.memory.place(model, place, rows, sequence.task_rows(stream, pool))
+    carry = {"held": nnx.state(model, continual.memory.HELD)}
+  elif config.continual.write_rule == "sparse":
+    rows = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.train.items()}
+    task = continual.Task(jnp.zeros((), jnp.int32), sequence.as_batch(rows))
+    _, carry = continual.memory.choose(setup, setup.params, carry, task, None, None)
+  memory, written = nnx.split_state(carry["held"], models.MemoryParam, ...)
+  return memory, written
+
+
+def _as_of(setup: continual.Setup, weights: Any, number: jax.Array | int, num_rows: int) -> Any:
+  """The weights while the episode's task `number` is learnt: later tasks' slots have no keys yet."""
+  model = setup.merge(weights)
+  for memory in model.memories():
+    block_of = jnp.arange(memory.num_slots) // num_rows
+    memory.keys[...] = jnp.where((block_of <= number)[:, None], memory.keys[...], 0.0)
+  return nnx.state(model, models.MemoryWrite), nnx.state(model, continual.memory.HELD)
