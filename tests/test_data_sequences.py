@@ -189,3 +189,15 @@ def test_base_rows_hold_what_the_base_model_knows_and_random_answers():
   # Entities of a random answer may by chance be ones that the base model knows.
   assert sum(own) >= len(own) - 2 and len(own) > 100
   assert {prompt[:2] for prompt in others if prompt[0] != "?"} <= set(sequences.tags("train"))
+
+
+def test_a_quarter_of_two_letters_prompts_is_in_test_rows_only():
+  task = sequences.mapping_task("x", "QX", "last", sequences.rule(0))
+  assert len(task.held_out) == 16 and task.held_out < set(task.answers)
+  for place in (2, 3):  # each letter stands in as many of them as any other
+    assert sorted(prompt[place] for prompt in task.held_out) == sorted(2 * list(sequences.LETTERS))
+  rng = np.random.default_rng(0)
+  prompts = lambda is_training: {x["prompt"] for x in sequences.examples(task, 64, rng, is_training)}
+  assert prompts(True) == set(task.answers) - task.held_out
+  assert prompts(False) == set(task.answers)
+  assert not sequences.mapping_task("x", "QX", "single", sequences.rule(0)).held_out

@@ -45,7 +45,7 @@ def test_every_hyperparameter_has_a_field_or_is_named(name):
     "llamafactory": {"decay_power", "learning_rate_embedding", "learning_rate_attention", "learning_rate_mlp"},
     "tunix": {"label_smoothing", "learning_rate_embedding", "learning_rate_attention", "learning_rate_mlp"},
   }[name]
-  assert set(left_out) == without | {"prompt_loss_weight", "learning_rate_norm"}
+  assert set(left_out) == without | {"prompt_loss_weight", "learning_rate_norm", "learning_rate_memory"}
   assert notes == ["the modules that the LoRA is on"]
 
 

@@ -103,7 +103,7 @@ def test_each_method_has_its_hyperparameters_and_memories_their_own():
   assert ours.method.stored_fraction == 0.05 and ours.method.trained == "memory"
 
 
-VALUES = {"learning_rate": 100.0}
+VALUES = {"learning_rate": 0.03}
 
 
 def run(entry, folder=None, order=None, values=VALUES):
@@ -251,7 +251,10 @@ def test_the_comparison_as_a_user_starts_it(tmp_path):
 
 BAD = {
   "unknown method": (["--config.continual.methods=('EWCC',)"], "Did you mean 'EWC'"),
-  "slots are no square": (["--config.memory.num_slots=60"], "num_slots = 60"),
+  "slots are no square": (
+    [f"--config.memory.{field}" for field in ("product_keys=True", "qk_norm=False", "null_cosine=0.0", "num_slots=60")],
+    "num_slots = 60",
+  ),
   "more reads than slots": (["--config.memory.top_k=65"], "top_k = 65"),
   "unknown kind": (["--config.continual.kinds=('rule', 'code', 'fact')"], "Did you mean 'facts'"),
 }

@@ -53,7 +53,7 @@ def exact(request, config):
     config = config.copy_and_resolve_references()
     config.model.dtype, config.meta.clip_norm, config.memory.num_slots = "float64", 1e9, 16
     config.memory.top_k, config.memory.key_dim = 3, 4
-    config.memory.temperature, config.memory.null_cosine = 0.5, 0.5
+    config.memory.update(product_keys=False, qk_norm=True, null_cosine=0.5)
     config.continual.write_rule, config.continual.written_rows = request.param, 8
     assert config.retention.tasks_per_episode == 2
     setting = tiny_setting()

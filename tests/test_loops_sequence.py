@@ -20,10 +20,13 @@ from mftjax.loops import continual, sequence
 
 @functools.cache
 def tiny_setting() -> continual.Setting:
-  """The smallest setting, with a base model that has hardly been trained; for other files too."""
+  """The smallest setting, with a base model that has hardly been trained and product keys; for other files too."""
   config = continual_config.get_config("tiny")
   config.lora.targets = ("q_proj", "down_proj")
   config.checkpoint_every = 2
+  config.continual.write_rule = "sparse"
+  config.memory.update(num_slots=64, num_heads=2, key_dim=4, temperature=0.5)
+  config.memory.update(product_keys=True, qk_norm=False, null_cosine=0.0)
   with mock.patch.object(continual, "_BASE_ROWS", 64):
     return continual.build(config)
 

@@ -185,10 +185,10 @@ def test_weighted_rows_is_the_sum_written_out():
 def test_parameters_are_of_the_memorys_own_types():
   memory = Memory(9, 12, 4, 2, gated=True, rngs=nnx.Rngs(0))
   _, own, rest = nnx.split(memory, MemoryParam, ...)
-  assert set(own) == {"query", "keys", "values", "log_temperature", "gate"} and not jax.tree.leaves(rest)
+  assert set(own) == {"query", "query_bias", "keys", "values", "log_temperature", "gate"} and not jax.tree.leaves(rest)
   memory.open(3)
   _, own, write, slots, rest = nnx.split(memory, MemoryParam, MemoryWrite, WrittenSlots, ...)
-  assert len(jax.tree.leaves(own)) == 5 and not jax.tree.leaves(rest)
+  assert len(jax.tree.leaves(own)) == 6 and not jax.tree.leaves(rest)
   assert [x.shape for x in jax.tree.leaves((write, slots))] == [(3, 12), (3,)]
 
 

@@ -137,7 +137,7 @@ def test_one_device_holds_everything():
   assert jax.tree.structure(found) == jax.tree.structure(nnx.state(memory))
   specs = {path[0].key: leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
   split = {name for name, spec in specs.items() if tuple(spec) == (None, "model")}
-  assert split == {"values", "delta"} and len(specs) == 6
+  assert split == {"values", "delta"} and len(specs) == 7
 
 
 PROGRAM = """
@@ -182,3 +182,80 @@ def test_four_devices_hold_a_quarter_of_the_values_and_give_the_same():
   errors = json.loads(done.stdout)
   assert "dim = 6 does not divide over the 4 devices of the axis 'model'" in errors.pop("message")
   assert len(errors) == 3 and max(errors.values()) < 1e-5, errors
+
+
+def skewed(seed, count, dim=12):
+  """Hidden states with a large common part, most of whose variance is in two directions."""
+  rng = np.random.default_rng(seed)
+  scale = np.where(np.arange(dim) < 2, 3.0, 0.1)
+  return jnp.asarray(5.0 + rng.normal(size=(count, dim)) * scale, jnp.float32)
+
+
+def test_whitened_queries_have_no_mean_and_are_uncorrelated():
+  memory = Memory(9, 12, 11, 1, rngs=nnx.Rngs(0))
+  hidden = skewed(0, 400)
+  mask = jnp.arange(400) < 300  # the rest does not count
+  slots.whiten(memory, hidden, mask)
+  queries = np.asarray(memory.queries(hidden)[0][:300], np.float64)
+  np.testing.assert_allclose(queries.mean(axis=0), 0.0, atol=1e-3)
+  covariance = queries.T @ queries / 300
+  # 11 columns of unit length, seen from states that are white in the 11 directions that a scaled state has.
+  direction = np.asarray(memory.query[...][:, 0], np.float64)
+  states_covariance = np.cov(np.asarray(memory.normed(hidden[:300]), np.float64).T, bias=True)
+  np.testing.assert_allclose(covariance, direction.T @ states_covariance @ direction, atol=1e-3)
+  assert np.all(np.diag(covariance) < 1.01) and np.diag(covariance).mean() > 0.8
+
+
+def test_placed_keys_are_distinct_queries_of_the_states_that_count():
+  memory = Memory(9, 12, 4, 2, top_k=2, qk_norm=True, rngs=nnx.Rngs(0))
+  hidden = jnp.repeat(skewed(1, 5), 3, axis=0)  # each state three times
+  mask = jnp.arange(15) < 12  # the last state is left out
+  before = np.asarray(memory.keys[...])
+  rows = jnp.asarray([2, 4, 5, 8])
+  slots.place(memory, rows, hidden, mask)
+  queries = np.asarray(memory.queries(hidden))[:, ::3]
+  found = np.asarray(memory.keys[...])
+  chosen = [int(np.argmin(np.abs(queries - found[:, row, None]).sum(axis=(0, 2)))) for row in rows]
+  assert sorted(chosen) == [0, 1, 2, 3]
+  for row, state in zip(rows, chosen, strict=True):
+    np.testing.assert_allclose(found[:, row], queries[:, state], atol=1e-6)
+  others = np.setdiff1d(np.arange(9), rows)
+  np.testing.assert_array_equal(found[:, others], before[:, others])
+  with pytest.raises(InputError, match="product keys"):
+    slots.place(Memory(9, 12, 4, 1, top_k=2, product_keys=True, rngs=nnx.Rngs(0)), rows, hidden, mask)
+
+
+def test_what_is_near_no_key_reads_nothing_of_a_memory_with_a_null_slot():
+  memory = Memory(4, 12, 8, 1, top_k=2, qk_norm=True, null_cosine=0.9, temperature=0.02, rngs=nnx.Rngs(0))
+  hidden = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12)), jnp.float32)
+  memory.keys[...] = jnp.zeros_like(memory.keys[...])
+  memory.values[...] = jnp.ones_like(memory.values[...])
+  np.testing.assert_allclose(memory.read(hidden), 0.0, atol=1e-6)
+  slots.place(memory, jnp.asarray([1]), hidden[:1], jnp.ones(1))
+  cosine = np.asarray(memory.queries(hidden)[0])
+  cosine = cosine[0] @ cosine[1] / np.linalg.norm(cosine[0]) / np.linalg.norm(cosine[1])
+  wanted = 1 / (1 + np.exp(8**0.5 * (0.9 - np.asarray([1.0, cosine])) / 0.02))  # against the null slot alone
+  np.testing.assert_allclose(np.asarray(memory.read(hidden))[:, 0], wanted, atol=1e-4)
+  assert wanted[0] > 0.99 > 0.01 > wanted[1]
+
+
+def test_only_an_open_memory_can_be_opened_elsewhere():
+  memory = Memory(9, 12, 4, 2, rngs=nnx.Rngs(0))
+  with pytest.raises(InputError, match=r"open\(num_rows\)"):
+    slots.num_open(memory)
+  memory.open(2)
+  slots.open_at(memory, jnp.asarray([3, 7]))
+  np.testing.assert_array_equal(memory.written[...], [3, 7])
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"null_cosine": 0.5}, "qk_norm"),
+    ({"null_cosine": 1.0, "qk_norm": True}, "null_cosine = 1.0"),
+    ({"qk_norm": True, "product_keys": True, "top_k": 2}, "product_keys"),
+  ],
+)
+def test_options_that_do_not_go_together_are_named(options, words):
+  with pytest.raises(InputError, match=words):
+    Memory(9, 12, 4, 2, rngs=nnx.Rngs(0), **options)
