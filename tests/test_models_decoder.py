@@ -163,7 +163,7 @@ def test_each_layer_reads_its_own_memory(placement):
   assert model.memory_layers == (0, 2) and model.memory_of(2) is memories[0] and model.memory_of(1) is None
   np.testing.assert_allclose(apply(model, row), expected, atol=2e-5)
   _, own, rest = nnx.split(model, models.MemoryParam, ...)
-  assert len(jax.tree.leaves(own)) == 8 and len(jax.tree.leaves(rest)) == 12
+  assert len(jax.tree.leaves(own)) == 10 and len(jax.tree.leaves(rest)) == 12
 
 
 @pytest.mark.parametrize("placement", ["after", "beside"])
