@@ -71,8 +71,8 @@ def gradient(method, optimizer, dtype):
   model = models.Decoder(shape, rngs=nnx.Rngs(0))
   model.attach_memory(models.Memory(6, 16, 4, 2, rngs=nnx.Rngs(1)), (0,))
   graphdef, memory, params = nnx.split(model, models.MemoryParam, ...)
-  # Away from the identity, so that keys get a gradient too. With a noisy query bias the gradients of this seed happen to
-  # be a hundred times smaller, of which rounding would be the larger part.
+  # Away from the identity, so that keys get a gradient too. With a noisy query bias the gradients of this seed happen
+  # to be a hundred times smaller, and rounding would be the larger part of them.
   noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
   memory = jax.tree.map_with_path(lambda path, x: x if "query_bias" in str(path) else noisy(x), memory)
   # The initial 0.02 leaves gradients near Adam's eps, where rounding of either method would be all one sees.
