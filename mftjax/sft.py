@@ -67,14 +67,13 @@ def row_losses(
     which without prompt weight is the number of targets.
   """
   targets = batch.tokens[:, 1:]
-  same_segment = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] > 0)
-  mask = batch.loss_mask[:, 1:] * same_segment
+  mask = target_mask(batch)
   nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
   if not _is_fixed(label_smoothing, 0.0):
     of_target = jnp.take_along_axis(logits[:, :-1], targets[..., None], axis=-1)[..., 0]
     nll = nll + label_smoothing * (of_target - logits[:, :-1].mean(axis=-1))
   if not _is_fixed(prompt_loss_weight, 0.0):
-    mask = mask + prompt_loss_weight * (1 - batch.loss_mask[:, 1:]) * same_segment
+    mask = mask + prompt_loss_weight * (1 - batch.loss_mask[:, 1:]) * _same_segment(batch)
   total = mask.sum(axis=1)
   # `where`, not `maximum`, which halves the derivative in the prompt's weight where a row has a single target.
   return (nll * mask).sum(axis=1) / jnp.where(total >= 1, total, 1.0), total
@@ -82,9 +81,12 @@ def row_losses(
 
 def target_mask(batch: types.Batch) -> jax.Array:
   """`[batch, length - 1]` f32, 1 where the token before is to predict the next: at l, token l + 1 is a target."""
-  segments = batch.segment_ids
-  is_same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-  return batch.loss_mask[:, 1:] * is_same
+  return batch.loss_mask[:, 1:] * _same_segment(batch)
+
+
+def _same_segment(batch: types.Batch) -> jax.Array:
+  """`[batch, length - 1]` bool, whether token l + 1 is of token l's segment, and no padding."""
+  return (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] > 0)
 
 
 def exact_matches(logits: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax.Array]:

@@ -158,7 +158,7 @@ def test_fresh_adapters_change_nothing_and_differ_by_their_key(setup, logits):
   for params in found:
     np.testing.assert_array_equal(logits(params, rows()), base)
   for (path, one), other in zip(jax.tree.leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True):
-    if not adapters.is_b(path):
+    if not lora.is_b(path):
       assert np.abs(one).max() <= one.shape[-2] ** -0.5 and np.abs(one - other).max() > 0.1 * one.shape[-2] ** -0.5
 
 
@@ -169,7 +169,7 @@ def test_o_lora_keeps_earlier_tasks_and_reads_all(setup, logits):
     params = moved(params, number)  # as if trained
     trained.append(params)
     during = logits(olora.read(params, carry)[0], rows())
-    params, carry = olora.end(setup, params, carry, task(number), values)
+    params, carry = olora.METHOD.end(setup, params, carry, task(number), values)
     after = logits(olora.final(params, carry, values)[0], rows())
     np.testing.assert_allclose(during, after, atol=1e-6)
     np.testing.assert_allclose(after, by_weights(setup, trained), atol=2e-4)
@@ -186,14 +186,14 @@ def test_the_penalty_of_o_lora_is_the_overlap_of_first_matrices(setup):
   total = 0.0
   for params in tasks:
     for (path, a), b in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(own), strict=True):
-      if not adapters.is_b(path):
+      if not lora.is_b(path):
         total += sum(np.abs(x.T @ y).sum() for x, y in zip(np.asarray(a), np.asarray(b), strict=True))
   found = olora.penalty(setup, own, {"stack": stack}, None, values)
   assert float(found) == pytest.approx(0.1 * total, rel=1e-5)
 
   # Directions of other features are orthogonal.
   halves = lambda params, is_first: jax.tree.map_with_path(
-    lambda path, x: x if adapters.is_b(path) else x * ((jnp.arange(x.shape[-2]) < 5) == is_first)[:, None], params
+    lambda path, x: x if lora.is_b(path) else x * ((jnp.arange(x.shape[-2]) < 5) == is_first)[:, None], params
   )
   apart = adapters.stored(adapters.empty(own, 3), halves(tasks[0], True), 0)
   assert float(olora.penalty(setup, halves(own, False), {"stack": apart}, None, values)) == 0
@@ -206,10 +206,10 @@ def test_merging_adds_the_scaled_sum_of_what_each_task_changed(setup, logits, nu
   for number in range(num_tasks):
     params, carry = merging.begin(own, params, carry, task(number), values, jax.random.key(number))
     # Each task starts from the base model.
-    assert all(not np.any(x) for path, x in jax.tree.leaves_with_path(params) if adapters.is_b(path))
+    assert all(not np.any(x) for path, x in jax.tree.leaves_with_path(params) if lora.is_b(path))
     params = moved(params, number)
     trained.append(params)
-    params, carry = merging.end(own, params, carry, task(number), values)
+    params, carry = merging.METHOD.end(own, params, carry, task(number), values)
   found = logits(merging.final(params, carry, values)[0], rows())
   np.testing.assert_allclose(found, by_weights(own, trained, scale), atol=2e-4)
   if num_tasks == 1:

@@ -210,7 +210,7 @@ def _from_folder(folder: str, name: str, split: str) -> tuple[Sequence[Mapping[s
   for ending in _ENDINGS:
     path = base / f"{split}.{ending}"
     if path.is_file():
-      rows = sources._json_lines(path) if ending == "jsonl" else sources._table(path, name)
+      rows = sources.json_lines(path) if ending == "jsonl" else sources.read_table(path, name)
       return rows, str(path)
   raise errors.InputError(
     f"There is no file {base}/{split}.jsonl, .parquet or .csv, with the columns {', '.join(_columns(DATASETS[name]))}."
@@ -224,7 +224,7 @@ def _from_hub(name: str, split: str) -> Any:
     return datasets.load_dataset(dataset.hub, dataset.subset, split=dataset.test_split if split == "test" else split)
   except Exception as error:  # the hub's libraries raise a dozen kinds
     raise errors.InputError(
-      f"Reading {name} from the hub ({dataset.hub}) failed: {sources._last_words(error)} A folder with "
+      f"Reading {name} from the hub ({dataset.hub}) failed: {sources.last_words(error)} A folder with "
       f"{name}/{split}.jsonl, .parquet or .csv serves as well: columns {', '.join(_columns(dataset))}."
     ) from error
 

@@ -79,7 +79,7 @@ def tags(split: str) -> list[str]:
 
 def _entities(split: str) -> list[str]:
   """Three-letter names that facts are about; no two splits share one."""
-  everything = [a + b + c for a in LETTERS for b in LETTERS for c in LETTERS]
+  everything = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
   order = np.random.default_rng(12).permutation(everything).tolist()
   if split == "base":
     return order[:_NUM_BASE_FACTS]
@@ -102,9 +102,7 @@ def mapping_task(name: str, tag: str, form: str, table: Mapping[str, str]) -> Ta
   of them follows from what is trained.
   """
   size, places = FORMS[form]
-  prompts = [""]
-  for _ in range(size):
-    prompts = [prompt + letter for prompt in prompts for letter in LETTERS]
+  prompts = ["".join(letters) for letters in itertools.product(LETTERS, repeat=size)]
   answers = {f"{tag}{letters}:": "".join(table[letters[place]] for place in places) for letters in prompts}
   number = lambda letters: sum(map(LETTERS.index, letters)) + sum(map(ord, tag))
   held_out = frozenset(f"{tag}{letters}:" for letters in prompts if size > 1 and number(letters) % 4 == 0)

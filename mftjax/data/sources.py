@@ -130,7 +130,7 @@ def _read_path(spec: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
       raise errors.InputError(f"{where}.path: {path} has an ending that is not one of {', '.join(known)}.")
     if not path.stat().st_size:
       raise errors.InputError(f"{where} is empty: {path} has no examples.")
-    return _slice(_json_lines(path) if path.suffix in _JSON_LINES else _table(path, where), split, path, where)
+    return _slice(json_lines(path) if path.suffix in _JSON_LINES else read_table(path, where), split, path, where)
   if path.suffix in known or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec["path"])):
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
     hint = f" Did you mean {path.parent / near[0]}?" if near else ""
@@ -140,12 +140,15 @@ def _read_path(spec: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
       return list(datasets.load_dataset(str(spec["path"]), spec.get("subset"), split=split))
   except Exception as error:  # the hub's libraries raise a dozen kinds
     raise errors.InputError(
-      f"{where}.path: {spec['path']!r} is no local file, and reading it from the hub failed: {_last_words(error)}"
+      f"{where}.path: {spec['path']!r} is no local file, and reading it from the hub failed: {last_words(error)}"
     ) from error
 
 
-def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Parsed here and not by Arrow, which names no line in its errors and turns text that looks like a date into one."""
+def json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The objects of a JSON Lines file.
+
+  Parsed here and not by Arrow, which names no line in its errors and turns text that looks like a date into one.
+  """
   found = []
   with path.open("rb") as file:
     for number, line in enumerate(file, start=1):
@@ -161,7 +164,8 @@ def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   return found
 
 
-def _table(path: pathlib.Path, where: str) -> list[dict[str, Any]]:
+def read_table(path: pathlib.Path, where: str) -> list[dict[str, Any]]:
+  """The rows of a .csv or .parquet file; `where` begins every error."""
   # Every CSV cell is text: "007" stays as it is and an empty cell is no NaN.
   options: dict[str, Any] = {}
   if path.suffix == ".csv":
@@ -178,9 +182,9 @@ def _table(path: pathlib.Path, where: str) -> list[dict[str, Any]]:
   except ValueError as error:
     if "corresponds to no data" in str(error):  # how `datasets` says that there are columns but no rows
       return []
-    raise errors.InputError(f"{where}.path: {path} cannot be read: {_last_words(error)}") from error
+    raise errors.InputError(f"{where}.path: {path} cannot be read: {last_words(error)}") from error
   except Exception as error:  # Arrow's, pandas' and those of `datasets` have no common base
-    raise errors.InputError(f"{where}.path: {path} cannot be read: {_last_words(error)}") from error
+    raise errors.InputError(f"{where}.path: {path} cannot be read: {last_words(error)}") from error
 
 
 def _slice(rows: list[dict[str, Any]], split: str, path: pathlib.Path, where: str) -> list[dict[str, Any]]:
@@ -207,7 +211,7 @@ class _Quiet:
       datasets.enable_progress_bars()
 
 
-def _last_words(error: BaseException) -> str:
+def last_words(error: BaseException) -> str:
   """The message of the error that started it all, on one line."""
   while error.__cause__ is not None:
     error = error.__cause__

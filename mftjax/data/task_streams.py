@@ -128,7 +128,7 @@ def _of_template(file: pathlib.Path, template: str | None) -> list[dict[str, Any
   if not file.is_file() or file.suffix != ".jsonl":
     sources.read({"path": where}, where=where)  # says what is wrong, and what is near
     raise errors.InputError(f"{file} must end in .jsonl.")
-  rows = sources._json_lines(file)
+  rows = sources.json_lines(file)
   there = list(dict.fromkeys(str(row["template"]) for row in rows if row.get("template") is not None))
   if template is None and there:
     template = there[0]

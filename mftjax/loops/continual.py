@@ -278,10 +278,10 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   if set(names) & set(OURS):
     setting.setup("memory")  # its errors come before anything is written
   command.claim_workdir(config, workdir)
-  memories, meta_training = _memories(setting, names, workdir)
+  paths = {name: workdir / "methods" / f"{_file_name(name)}.json" for name in names}
+  memories, meta_training = _memories(setting, names, [name for name in names if not paths[name].exists()], workdir)
   rows, matrices, view = [], {}, None
-  for number, name in enumerate(names):
-    path = workdir / "methods" / f"{_file_name(name)}.json"
+  for number, (name, path) in enumerate(paths.items()):
     if not path.exists():
       files.write_json(path, _row(setting, entry(setting, name, memories), number, path.with_suffix("")))
     kept = json.loads(path.read_text())
@@ -305,8 +305,14 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   return result
 
 
-def _memories(setting: Setting, names: Sequence[str], workdir: pathlib.Path) -> tuple[dict[str, Any], Any]:
-  """What the methods that start from a trained memory start from, and what meta-training took."""
+def _memories(
+  setting: Setting, names: Sequence[str], missing: Sequence[str], workdir: pathlib.Path
+) -> tuple[dict[str, Any], Any]:
+  """What the methods that start from a trained memory start from, and what meta-training took.
+
+  Args:
+    missing: those of the names that are still to be run.
+  """
   config, options = setting.config, setting.config.retention
   found: dict[str, Any] = {}
   about = None
@@ -320,7 +326,7 @@ def _memories(setting: Setting, names: Sequence[str], workdir: pathlib.Path) -> 
     found |= {"meta": meta_params["memory"], "values": values}
     episodes = options.outer_steps * options.episodes
     about = {"outer_steps": options.outer_steps, "episodes": episodes, "seconds": time.monotonic() - start}
-  if "memory, no outer loop" in names:
+  if "memory, no outer loop" in missing:  # it keeps no checkpoint
     setup = setting.setup("memory")
     found["joint"] = retention.train_without(config, setup, setting.training, options.joint_learning_rate)
   return found, about

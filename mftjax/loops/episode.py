@@ -96,8 +96,7 @@ def value_and_grad(
   data_key, run_key = jax.random.split(key)
   number = jnp.repeat(jnp.arange(num_tasks), options.steps_per_task)
   row = jax.random.randint(data_key, (length, config.batch_size), 0, stream.train["tokens"].shape[1])
-  drawn = {name: values[order[number][:, None], row] for name, values in stream.train.items()}
-  batches = jax.vmap(sequence.as_batch)(drawn), number
+  batches = jax.vmap(sequence.taken, (None, 0, 0))(stream.train, order[number], row), number
 
   # The inner steps start from slots that are chosen once, so the gradient goes through that choice apart from them.
   opening = lambda memory: _opened(config, setup, stream, memory, order)

@@ -9,6 +9,7 @@ import numpy as np
 from mftjax.baselines import continual
 from mftjax.data import sequences
 from mftjax.loops import sequence
+from mftjax.models import lora
 
 _NUM_EXAMPLES = 3  # that are shown of a slot
 
@@ -81,6 +82,6 @@ def _nearest(model: Any, memory: Any, batch: Any, slot: int, tokenizer: Any) -> 
 def _leaf(tree: Any, name: str) -> Any:
   """The first array of this name in a state."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if any(getattr(key, "key", getattr(key, "name", None)) == name for key in path):
+    if name in lora.names_of(path):
       return leaf
   raise KeyError(name)

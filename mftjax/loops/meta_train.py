@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -88,10 +88,15 @@ def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
     "hyperparameters": config.meta.hyperparameter_learning_rate,
     "memory": config.meta.memory_learning_rate,
   }
-  decay = lambda rate: optax.cosine_decay_schedule(rate, config.meta.outer_steps, alpha=0.1)
+  return optax.chain(optax.clip_by_global_norm(config.meta.clip_norm), falling_adams(rates, config.meta.outer_steps))
+
+
+def falling_adams(rates: Mapping[str, float], num_steps: int) -> optax.GradientTransformation:
+  """Adam with a learning rate for each entry of the meta-parameters, which falls to a tenth by a cosine."""
+  decay = lambda rate: optax.cosine_decay_schedule(rate, num_steps, alpha=0.1)
   adams = {name: optax.adam(decay(rate), b1=0.9, b2=0.99) for name, rate in rates.items()}
   labels = lambda meta_params: jax.tree.map_with_path(lambda path, _: path[0].key, meta_params)
-  return optax.chain(optax.clip_by_global_norm(config.meta.clip_norm), optax.partition(adams, labels))
+  return optax.partition(adams, labels)
 
 
 def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Network):

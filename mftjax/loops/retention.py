@@ -18,6 +18,7 @@ from mftjax import config as config_lib
 from mftjax.baselines import continual
 from mftjax.data import sequences
 from mftjax.loops import episode, sequence
+from mftjax.loops import meta_train as direct
 from mftjax.loops import task as task_lib
 
 
@@ -30,11 +31,11 @@ def init_meta_params(config: ml_collections.ConfigDict, setup: continual.Setup) 
 
 def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
   """Adam whose rate falls to a tenth by a cosine; the hyperparameters have a rate of their own."""
-  options = config.retention
-  adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, options.outer_steps, alpha=0.1), b1=0.9, b2=0.99)
-  rates = {"memory": options.learning_rate, "hyperparameters": config.meta.hyperparameter_learning_rate}
-  labels = lambda meta_params: jax.tree.map_with_path(lambda path, _: path[0].key, meta_params)
-  return optax.partition({name: adam(rate) for name, rate in rates.items()}, labels)
+  rates = {
+    "memory": config.retention.learning_rate,
+    "hyperparameters": config.meta.hyperparameter_learning_rate,
+  }
+  return direct.falling_adams(rates, config.retention.outer_steps)
 
 
 def meta_train(
@@ -126,8 +127,7 @@ def train_without(
       pool_key, row_key = jax.random.split(key)
       pool = jax.random.choice(pool_key, stream.order.reshape(-1), (config.batch_size,))
       row = jax.random.randint(row_key, (config.batch_size,), 0, rows["tokens"].shape[1])
-      batch = sequence.as_batch({name: found[pool, row] for name, found in rows.items()})
-      state, _, loss = metagrad.inner_step(problem, None, state, batch, key)
+      state, _, loss = metagrad.inner_step(problem, None, state, sequence.taken(rows, pool, row), key)
       return state, loss
 
     state, losses = jax.lax.scan(body, metagrad.init(problem, None, memory), jax.random.split(key, num_steps))

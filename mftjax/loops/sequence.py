@@ -72,7 +72,9 @@ def build(setup: continual.Setup, method: continual.Method, stream: sequences.St
     def loss(params, carry, batch, rng):
       return method.loss(setup, params, carry, batch, values)
 
-    return metagrad.Problem(loss, loss, lambda _: sft.optimizer(_of_sft(values), total, largest_batch=run.batch_size))
+    return metagrad.Problem(
+      loss, loss, lambda _: sft.optimizer(continual.of_sft(values), total, largest_batch=run.batch_size)
+    )
 
   def start(setup, stream, values):
     inner = metagrad.init(problem(setup, values), None, setup.params)
@@ -140,6 +142,11 @@ def as_batch(rows: Mapping[str, jax.Array]) -> types.Batch:
   return types.Batch(**rows, source=jnp.zeros(count, jnp.int32), proposal=jnp.ones(count))
 
 
+def taken(rows: Mapping[str, jax.Array], pool: jax.Array, row: jax.Array) -> types.Batch:
+  """The batch of these rows `[size]`, each of its pool, out of `[num_pools, num_rows, length]`."""
+  return as_batch({name: found[pool, row] for name, found in rows.items()})
+
+
 def task_rows(stream: sequences.Stream, pool: jax.Array) -> types.Batch:
   """All training rows of a task."""
   return as_batch({name: values[pool] for name, values in stream.train.items()})
@@ -167,7 +174,7 @@ def draw(
     points = (jnp.arange(size) + jax.random.uniform(pool_key)) / size  # systematic: the count is never a row off
     is_past = (points < values["replayed"]) & (number > 0)
     pool, row = jnp.where(is_past, past_pool, pool), jnp.where(is_past, past_row, row)
-  return as_batch({name: found[pool, row] for name, found in stream.train.items()})
+  return taken(stream.train, pool, row)
 
 
 def draw_past(
@@ -175,7 +182,7 @@ def draw_past(
 ) -> types.Batch:
   """A batch of stored rows of the tasks before this one (of the first task, where there is none before)."""
   pool, row = _past(order, number, stored_fraction, stream.train["tokens"].shape[1], size, key)
-  return as_batch({name: found[pool, row] for name, found in stream.train.items()})
+  return taken(stream.train, pool, row)
 
 
 def stored_rows(stored_fraction: float, num_rows: int) -> int:
@@ -191,8 +198,3 @@ def _past(
   task = jax.random.randint(task_key, (size,), 0, jnp.maximum(number, 1))
   row = jax.random.randint(row_key, (size,), 0, stored_rows(stored_fraction, num_rows))
   return order[task], row
-
-
-def _of_sft(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The hyperparameters of the optimiser, without the method's own."""
-  return {name: values[name] for name in sft.NAMES if name in values}

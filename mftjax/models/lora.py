@@ -43,11 +43,21 @@ def add(model: Decoder, rank: int, alpha: float, targets: Sequence[str], *, rngs
     raise InputError(f"The model has LoRA on {', '.join(adapted(model))} already; merge that first.")
   for target in dict.fromkeys(targets):
     num_layers, size_in, size_out = getattr(model.layers, target).shape
-    bound = size_in**-0.5
-    a = jax.random.uniform(rngs.params(), (num_layers, size_in, rank), jnp.float32, -bound, bound)
+    a = draw_a(rngs.params(), (num_layers, size_in, rank))
     setattr(model.layers, f"{target}_lora_a", LoRAParam(a))
     setattr(model.layers, f"{target}_lora_b", LoRAParam(jnp.zeros((num_layers, rank, size_out), jnp.float32)))
   model.layers.lora_scale = alpha / rank
+
+
+def draw_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A new A `[..., in, rank]`, f32, uniform within +- sqrt(1 / in)."""
+  bound = shape[-2] ** -0.5
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def is_b(path: Sequence[Any]) -> bool:
+  """Whether the parameter at this path is a B, which starts at zero."""
+  return any(name.endswith("_lora_b") for name in names_of(path))
 
 
 def adapted(model: Decoder) -> list[str]:
@@ -70,7 +80,7 @@ def masked(params: Any, rank: jax.typing.ArrayLike | None = None, scale: jax.typ
   """
 
   def mask(path, leaf):
-    if not any(name.endswith("_lora_b") for name in names_of(path)):
+    if not is_b(path):
       return leaf
     kept = jnp.asarray(scale)
     if rank is not None:

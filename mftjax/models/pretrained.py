@@ -316,7 +316,7 @@ def _config_from_gguf(fields: Mapping[str, Any], tensors: Mapping, dtype: Any, w
 
 
 def _save_memory(model: Decoder, file: Path) -> None:
-  memories = [model.memory] if isinstance(model.memory, Memory) else list(model.memory)
+  memories = model.memories()
   settings: list[dict[str, Any]] = []
   tensors: dict[str, np.ndarray] = {}
   for number, memory in enumerate(nnx.clone(memories)):

@@ -16,11 +16,16 @@ def stored(stack, params, number):
   return jax.tree.map(lambda all_tasks, own: all_tasks.at[number].set(own), stack, params)
 
 
+def keep(setup, params, carry, task, values):
+  """The `end` of a method with such a stack: the task's adapters go to their place in it."""
+  return params, {**carry, "stack": stored(carry["stack"], params, task.number)}
+
+
 def side_by_side(stack, scale=1.0):
   """One LoRA whose rank is that of all tasks together: its product is `scale` times the sum of their products."""
 
   def join(path, leaf):  # A [num_tasks, num_layers, in, rank], B [num_tasks, num_layers, rank, out]
-    if is_b(path):
+    if lora.is_b(path):
       return scale * jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1, leaf.shape[-1])
     return jnp.moveaxis(leaf, 0, 2).reshape(*leaf.shape[1:3], -1)
 
@@ -32,14 +37,8 @@ def fresh(params, key):
   keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
 
   def draw(path, leaf):
-    if is_b(path):
+    if lora.is_b(path):
       return jnp.zeros_like(leaf)
-    bound = leaf.shape[-2] ** -0.5
-    return jax.random.uniform(next(keys), leaf.shape, leaf.dtype, -bound, bound)
+    return lora.draw_a(next(keys), leaf.shape)
 
   return jax.tree.map_with_path(draw, params)
-
-
-def is_b(path):
-  """Whether the leaf at this path is an adapter's second matrix, which starts at zero."""
-  return any(name.endswith("_lora_b") for name in lora.names_of(path))

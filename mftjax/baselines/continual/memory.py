@@ -18,7 +18,6 @@ from mftjax.baselines.continual.method import Method, Setup
 from mftjax.models import MemoryParam, WrittenSlots, slots
 
 HELD = (MemoryParam, WrittenSlots)  # what a run has of a memory beside what is trained, its `MemoryWrite`
-RULES = ("all", "sparse", "new")  # and `frozen`, which writes nothing: no method of its own
 
 
 def usages(setup: Setup, weights, rows, masks, num_parts: int = 1):
@@ -83,6 +82,6 @@ def fold(setup: Setup, params, carry, task, values):
 
 
 def method(rule: str) -> Method:
-  """The method of a rule in `RULES`."""
+  """The method of a rule of writing, "all", "sparse" or "new"."""
   method = Method(trained="memory", end=fold)
   return method if rule == "all" else dataclasses.replace(method, begin={"sparse": choose, "new": allocate}[rule])

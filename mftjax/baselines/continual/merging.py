@@ -23,8 +23,6 @@ def final(params, carry, values):
   return adapters.side_by_side(carry["stack"], values["merge_scale"]), carry["held"]
 
 
-def end(setup, params, carry, task, values):
-  return params, {**carry, "stack": adapters.stored(carry["stack"], params, task.number)}
-
-
-METHOD = Method(hyperparameters={"merge_scale": ("linear", (0.1, 1.0))}, init=init, begin=begin, final=final, end=end)
+METHOD = Method(
+  hyperparameters={"merge_scale": ("linear", (0.1, 1.0))}, init=init, begin=begin, final=final, end=adapters.keep
+)

@@ -48,9 +48,12 @@ def sft_loss(setup: Setup, weights: Weights, batch: types.Batch, values: Values)
   apply = lambda weights, memory, batch: setup.logits(weights, batch)
   meta_params = {"mixture_logits": jnp.zeros(1), "memory": None}
   weighted = dataclasses.replace(batch, source=jnp.zeros_like(batch.source), proposal=jnp.ones_like(batch.proposal))
-  return sft.inner_loss(
-    apply, weights, meta_params, weighted, {name: values[name] for name in sft.NAMES if name in values}
-  )
+  return sft.inner_loss(apply, weights, meta_params, weighted, of_sft(values))
+
+
+def of_sft(values: Values) -> dict[str, jax.Array]:
+  """The hyperparameters of the loss and the optimiser, without the method's own."""
+  return {name: values[name] for name in sft.NAMES if name in values}
 
 
 def _init(setup: Setup) -> dict[str, Any]:

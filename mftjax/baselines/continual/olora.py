@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mftjax.baselines.continual import adapters
 from mftjax.baselines.continual.method import Method
+from mftjax.models import lora
 
 
 def init(setup):
@@ -34,14 +35,10 @@ def final(params, carry, values):
 
 def penalty(setup, params, carry, batch, values):
   overlap = lambda stack, own: jnp.sum(jnp.abs(jnp.einsum("tlir,lis->tlrs", stack, own)))
-  is_a = lambda path: not adapters.is_b(path)
+  is_a = lambda path: not lora.is_b(path)
   own = [leaf for path, leaf in jax.tree.leaves_with_path(params) if is_a(path)]
   earlier = [leaf for path, leaf in jax.tree.leaves_with_path(carry["stack"]) if is_a(path)]
   return values["olora_strength"] * sum(map(overlap, earlier, own))
-
-
-def end(setup, params, carry, task, values):
-  return params, {**carry, "stack": adapters.stored(carry["stack"], params, task.number)}
 
 
 METHOD = Method(
@@ -51,5 +48,5 @@ METHOD = Method(
   read=read,
   final=final,
   penalty=penalty,
-  end=end,
+  end=adapters.keep,
 )
