@@ -33,6 +33,16 @@ def _one_of(*words: str) -> dict[str, Any]:
 
 _FRACTION: dict[str, Any] = {"check": lambda value: 0 < value <= 1, "allowed": "above 0, at most 1"}
 
+_PATHS: dict[str, Any] = {
+  "check": lambda value: not isinstance(value, str) and all(isinstance(path, str) for path in value),
+  "allowed": "a tuple of paths",
+}
+
+_PAIRS: dict[str, Any] = {
+  "check": lambda value: all(not isinstance(pair, str) and len(pair) == 2 for pair in value),
+  "allowed": "a tuple of pairs (task, template)",
+}
+
 FIELDS: dict[str, Field] = {
   "seed": Field(0, "seed of everything random", **_at_least(0)),
   "task": Field("task", "name of the task, written into the recipe"),
@@ -147,8 +157,7 @@ FIELDS: dict[str, Field] = {
   "tasks.folders": Field(
     (),
     "folders of .jsonl files, or such files, whose families make the meta-tasks; () makes procedural ones",
-    lambda value: not isinstance(value, str) and all(isinstance(folder, str) for folder in value),
-    "a tuple of paths",
+    **_PATHS,
   ),
   "tasks.validation_families": Field(3, "families of the folders for the meta-tasks to calibrate with", **_at_least(1)),
   "tasks.unseen_families": Field(4, "families of the folders that only the comparison sees", **_at_least(1)),
@@ -194,6 +203,30 @@ FIELDS: dict[str, Field] = {
     0.1, "as meta.uniform_fraction, in steps on one task's own recipe (direct, refined)", **_FRACTION
   ),
   "continual.methods": Field((), "ways of learning one task after another that are compared; () is all of them"),
+  "continual.source": Field(
+    "procedural",
+    "where the tasks come from: made (procedural), jsonl files, or the benchmark of text classification",
+    **_one_of("procedural", "files", "benchmark"),
+  ),
+  "continual.files": Field((), "jsonl files of prompt and completion, a task each (source files)", **_PATHS),
+  "continual.templates": Field(
+    (), "pairs (task, template), for files whose items are in several wordings; the first by default", **_PAIRS
+  ),
+  "continual.orders": Field(
+    (),
+    "orders of tasks, one for each sequence: each a tuple of tasks, by name or place in files; or (source benchmark) "
+    "names such as standard_1; () draws num_sequences orders of the files",
+    lambda value: isinstance(value, tuple | list),
+    "a tuple of orders",
+  ),
+  "continual.benchmark_folder": Field("", "folder of NAME/train.jsonl, NAME/test.jsonl, ...; '' reads from the hub"),
+  "continual.train_examples": Field(1000, "training examples of each task (source benchmark)", **_at_least(1)),
+  "continual.test_examples": Field(
+    500, "test examples of each task, and as many to tune on (source benchmark)", **_at_least(1)
+  ),
+  "continual.base_path": Field(
+    "", "jsonl file whose loss says what is left of the model's general ability (source files, benchmark)"
+  ),
   "continual.kinds": Field(
     ("rule", "code", "facts", "rule", "code", "facts", "rule", "code", "rule", "code"),
     "kind of each task of a sequence: rule, code or facts",
@@ -201,7 +234,9 @@ FIELDS: dict[str, Field] = {
     "a tuple of kinds",
   ),
   "continual.num_conflicts": Field(0, "tasks at the end of a sequence that contradict the base model", **_at_least(0)),
-  "continual.num_sequences": Field(5, "unseen sequences, one for each seed", **_at_least(1)),
+  "continual.num_sequences": Field(
+    5, "unseen sequences, one for each seed, where orders are not given", **_at_least(1)
+  ),
   "continual.num_validation": Field(2, "other sequences that every method is tuned on", **_at_least(1)),
   "continual.num_trials": Field(8, "trials of each method's tuning", **_at_least(1)),
   "continual.at_once": Field(8, "runs that a program goes through at once", **_at_least(1)),
@@ -219,6 +254,8 @@ FIELDS: dict[str, Field] = {
   "continual.lora_learning_rates": Field((3e-4, 3e-2), "likewise for LoRA"),
   "continual.memory_learning_rates": Field((0.3, 30.0), "likewise for a memory"),
   "retention.outer_steps": Field(100, "outer steps of the memory's meta-training", **_at_least(1)),
+  "retention.files": Field((), "jsonl files of other tasks, to meta-train on (source files, benchmark)", **_PATHS),
+  "retention.templates": Field((), "as continual.templates, of these files", **_PAIRS),
   "retention.episodes": Field(4, "sequences in an outer step", **_at_least(1)),
   "retention.tasks_per_episode": Field(5, "tasks of a sequence", **_at_least(1)),
   "retention.steps_per_task": Field(24, "inner steps on each of them", **_at_least(1)),

@@ -16,7 +16,7 @@ from pages import ROOT
 
 from configs import continual as continual_config
 from mftjax import errors, files, metrics, sft
-from mftjax.loops import continual, sequence
+from mftjax.loops import continual, continual_methods, continual_runs, continual_tuning, retention, sequence
 from tests.test_loops_sequence import tiny_setting
 
 SPACE = {"learning_rate": ("log", (1e-4, 1e-2)), "replayed": ("linear", (0.1, 0.8)), "decay": ("linear", (-1.0, 0.0))}
@@ -25,16 +25,16 @@ SPACE = {"learning_rate": ("log", (1e-4, 1e-2)), "replayed": ("linear", (0.1, 0.
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 40), st.integers(0, 1000))
 def test_trials_start_in_the_middle_stay_within_bounds_and_are_the_same_again(count, seed):
-  found = continual.trials(SPACE, count, seed)
+  found = continual_tuning.trials(SPACE, count, seed)
   assert found[0] == pytest.approx({"learning_rate": 1e-3, "replayed": 0.45, "decay": -0.5})
-  assert found == continual.trials(SPACE, count, seed) and len(found) == count
+  assert found == continual_tuning.trials(SPACE, count, seed) and len(found) == count
   for values in found:
     assert all(low <= values[name] <= high for name, (_, (low, high)) in SPACE.items())
 
 
 def test_trials_are_spread_evenly_in_the_scale():
-  found = continual.trials(SPACE, 65, seed=1)[1:]
-  assert found != continual.trials(SPACE, 65, seed=2)[1:]
+  found = continual_tuning.trials(SPACE, 65, seed=1)[1:]
+  assert found != continual_tuning.trials(SPACE, 65, seed=2)[1:]
   parts = np.asarray(
     [[np.log10(v["learning_rate"]) / 2 + 2, (v["replayed"] - 0.1) / 0.7, v["decay"] + 1] for v in found]
   )
@@ -45,12 +45,12 @@ def test_trials_are_spread_evenly_in_the_scale():
 
 @functools.cache
 def tiny_entry(name):
-  return continual.entry(tiny_setting(), name, {})
+  return continual_runs.entry(tiny_setting(), name, {})
 
 
 def fake_runs(accuracy, loss):
   last = sequence.Measured(jnp.asarray(accuracy), jnp.asarray(loss), jnp.zeros(len(loss)))
-  return continual.Runs(last, [last], [], None)
+  return continual_runs.Runs(last, [last], [], None)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_tuning_takes_the_trial_of_the_best_accuracy(monkeypatch, accuracy, loss
     of_each = lambda x: np.repeat(np.asarray(x)[:, None], 2, axis=1).reshape(-1)[:, None] + np.asarray([-0.05, 0, 0.05])
     return fake_runs(of_each(accuracy), of_each(loss))
 
-  monkeypatch.setattr(continual, "in_groups", in_groups)
+  monkeypatch.setattr(continual_runs, "in_groups", in_groups)
   found = tiny_entry("memory")
-  assert continual.tuned(setting, found, 3) == continual.trials(found.space, 4, 3)[best]
+  assert continual_tuning.tuned(setting, found, 3) == continual_tuning.trials(found.space, 4, 3)[best]
   ((values, order, keys),) = seen
   np.testing.assert_array_equal(order, jnp.tile(validation, (4, 1)))
   trial_of = [one["learning_rate"] for one in values]
-  assert trial_of == [trial["learning_rate"] for trial in continual.trials(found.space, 4, 3) for _ in range(2)]
+  assert trial_of == [trial["learning_rate"] for trial in continual_tuning.trials(found.space, 4, 3) for _ in range(2)]
   # All trials of a sequence draw the same batches.
   drawn = np.asarray(jax.random.key_data(keys)).reshape(4, 2, -1)
   assert (drawn == drawn[0]).all() and (drawn[0, 0] != drawn[0, 1]).any()
@@ -96,9 +96,9 @@ def test_each_method_has_its_hyperparameters_and_memories_their_own():
     assert fixed[name] == sft.DEFAULTS | {"learning_rate": fixed[name]["learning_rate"]}
   assert tiny_entry("sequential full").space["learning_rate"] == ("log", options.full_learning_rates)
   assert set(tiny_entry("replay 5 %").space) == {"learning_rate", "replayed"}
-  learnt = {"meta": continual.retention.init_meta_params(tiny_setting().config, tiny_entry("memory").setup)["memory"]}
+  learnt = {"meta": retention.init_meta_params(tiny_setting().config, tiny_entry("memory").setup)["memory"]}
   values = sft.DEFAULTS | {"learning_rate": 20.0, "eps": 3.0, "weight_decay": 0.0}
-  ours = continual.entry(tiny_setting(), "memory, meta-learned, replay 5 %", {**learnt, "values": values})
+  ours = continual_runs.entry(tiny_setting(), "memory, meta-learned, replay 5 %", {**learnt, "values": values})
   assert ours.fixed["eps"] == 3.0 and ours.space["learning_rate"] == ("log", (5.0, 80.0))
   assert ours.method.stored_fraction == 0.05 and ours.method.trained == "memory"
 
@@ -110,7 +110,7 @@ def run(entry, folder=None, order=None, values=VALUES):
   setting = tiny_setting()
   order = setting.stream.order if order is None else order
   keys = jax.vmap(jax.random.key)(jnp.arange(2))
-  return continual.run(setting, entry, [{**entry.fixed, **values}] * 2, order, keys, folder)
+  return continual_runs.run(setting, entry, [{**entry.fixed, **values}] * 2, order, keys, folder)
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def test_filling_up_a_group_changes_nothing(whole):
   setting, entry = tiny_setting(), tiny_entry("memory")
   order = jnp.concatenate([setting.stream.order, setting.stream.order[:1]])
   keys = jax.vmap(jax.random.key)(jnp.asarray([0, 1, 0]))
-  found = continual.in_groups(setting, entry, [{**entry.fixed, **VALUES}] * 3, order, keys)
+  found = continual_runs.in_groups(setting, entry, [{**entry.fixed, **VALUES}] * 3, order, keys)
   np.testing.assert_array_equal(found.matrix("loss")[:2], whole.matrix("loss"))
   np.testing.assert_array_equal(found.matrix("loss")[2], whole.matrix("loss")[0])
   np.testing.assert_array_equal(found.before.loss[2], whole.before.loss[0])
@@ -279,5 +279,5 @@ def test_an_unknown_method_is_named_before_anything_is_written(tmp_path):
 
 
 def test_methods_have_files_of_their_own():
-  names = [continual._file_name(name) for name in continual.METHODS]
+  names = [continual._file_name(name) for name in continual_methods.METHODS]
   assert len(set(names)) == len(names) and "replay_5_percent" in names

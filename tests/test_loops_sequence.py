@@ -15,11 +15,11 @@ from mftjax import sft
 from mftjax.baselines import continual as methods_lib
 from mftjax.baselines.continual import agem, sequential
 from mftjax.data import sequences
-from mftjax.loops import continual, sequence
+from mftjax.loops import continual_setting, sequence
 
 
 @functools.cache
-def tiny_setting() -> continual.Setting:
+def tiny_setting() -> continual_setting.Setting:
   """The smallest setting, with a base model that has hardly been trained and product keys; for other files too."""
   config = continual_config.get_config("tiny")
   config.lora.targets = ("q_proj", "down_proj")
@@ -27,8 +27,8 @@ def tiny_setting() -> continual.Setting:
   config.continual.write_rule = "sparse"
   config.memory.update(num_slots=64, num_heads=2, key_dim=4, temperature=0.5)
   config.memory.update(product_keys=True, qk_norm=False, null_cosine=0.0)
-  with mock.patch.object(continual, "_BASE_ROWS", 64):
-    return continual.build(config)
+  with mock.patch.object(continual_setting, "_BASE_ROWS", 64):
+    return continual_setting.build(config)
 
 
 def stacked(*runs):

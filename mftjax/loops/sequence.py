@@ -12,6 +12,8 @@ from mftjax import metagrad, sft, types
 from mftjax.baselines import continual
 from mftjax.data import sequences
 
+_MOST_LOGITS = 2**26  # that are held at once for each run, while it is measured
+
 
 @flax.struct.dataclass
 class State:
@@ -60,13 +62,16 @@ def build(setup: continual.Setup, method: continual.Method, stream: sequences.St
   """
   total = run.num_steps * (setup.num_tasks if method.is_joint else 1)
 
+  # As arguments: as constants, a large model's arrays would be copied into every program.
+  own = {name: getattr(setup, name) for name in ("params", "held", "frozen", "background")}
+  rows = {"train": stream.train, "test": stream.test, "base": stream.base}
+
   def compiled(fn, *axes):
-    over_runs = lambda frozen, rows, *args: jax.vmap(
-      lambda *args: fn(dataclasses.replace(setup, frozen=frozen), dataclasses.replace(stream, **rows), *args), axes
+    over_runs = lambda own, rows, *args: jax.vmap(
+      lambda *args: fn(dataclasses.replace(setup, **own), dataclasses.replace(stream, **rows), *args), axes
     )(*args)
     program = jax.jit(over_runs)
-    rows = {"train": stream.train, "test": stream.test, "base": stream.base}
-    return lambda *args: program(setup.frozen, rows, *args)
+    return lambda *args: program(own, rows, *args)
 
   def problem(setup, values):
     def loss(params, carry, batch, rng):
@@ -124,12 +129,23 @@ def build(setup: continual.Setup, method: continual.Method, stream: sequences.St
 def measured(setup: continual.Setup, weights: Any, stream: sequences.Stream, order: jax.Array) -> Measured:
   """What the model with these weights does on the tasks `order` `[num_tasks]` and on the base model's data."""
 
-  def judge(rows):
+  model = setup.merge(weights)
+
+  def judge_part(rows):
     batch = as_batch(rows)
-    logits = setup.logits(weights, batch)
+    logits = model(batch.tokens, batch.segment_ids, batch.positions)
     losses, counts = sft.row_losses(logits, batch)
-    right, examples = sft.exact_matches(logits, batch)
-    return right.sum() / examples.sum(), (losses * counts).sum() / counts.sum()
+    return *sft.exact_matches(logits, batch), losses * counts, counts
+
+  def judge(rows):
+    num_rows, length = rows["tokens"].shape
+    num_parts = min(-(-num_rows * length * model.config.vocab_size // _MOST_LOGITS), num_rows)
+    missing = -num_rows % num_parts  # rows of padding, in which nothing counts
+    parts = {
+      name: jnp.pad(values, ((0, missing), (0, 0))).reshape(num_parts, -1, length) for name, values in rows.items()
+    }
+    right, examples, losses, counts = (x.sum() for x in jax.lax.map(judge_part, parts))
+    return right / examples, losses / counts
 
   of_task = lambda pool: judge({name: values[pool] for name, values in stream.test.items()})
   accuracy, loss = jax.lax.map(of_task, order)

@@ -213,7 +213,12 @@ def unpure(tree_like: Any, arrays: Mapping[str, Any]) -> Any:
 
 def _rows(config: ml_collections.ConfigDict, spec: dict[str, Any], tokenizer: Any, where: str) -> tokens.Rows:
   rows = sources.load_rows(spec, tokenizer, config.length, where=where, truncate_side=config.truncate_side)
+  warn_of_cut(config, rows, where)
+  return rows
+
+
+def warn_of_cut(config: ml_collections.ConfigDict, rows: tokens.Rows, where: str) -> None:
+  """Says how many examples did not fit a row."""
   if rows.truncated:
     side, length = config.truncate_side, config.length
     logging.warning("%s: %d prompts do not fit %d tokens and were cut on the %s.", where, rows.truncated, length, side)
-  return rows

@@ -1,0 +1,50 @@
+"""The methods that a comparison on sequences of tasks may have, by name."""
+
+import ml_collections
+
+from mftjax import errors
+from mftjax.baselines import continual
+
+_META_TRAINED = ("memory, no outer loop", "memory, meta-learned", "memory, meta-learned, replay 5 %")
+OURS = ("memory", *_META_TRAINED)
+METHODS = (*continual.METHODS, *OURS)
+GROUPS = {"joint": "upper bound", **dict.fromkeys(OURS, "ours")}
+
+
+def chosen(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """The names in `config.continual.methods`; without any, all for which the config names data.
+
+  Raises:
+    InputError: an unknown method, or one that is trained on sequences of other tasks, of which there are none.
+  """
+  names = tuple(config.continual.methods)
+  for name in names:
+    if name not in METHODS:
+      raise errors.unknown_name("method in config.continual.methods", name, METHODS)
+  if config.continual.source == "procedural" or config.retention.files:
+    return names or METHODS
+  for name in names:
+    if name in _META_TRAINED:
+      raise errors.InputError(
+        f"{name!r} in config.continual.methods is trained on sequences of other tasks first: "
+        "name files of theirs in config.retention.files."
+      )
+  return names or tuple(name for name in METHODS if name not in _META_TRAINED)
+
+
+def needs_training(config: ml_collections.ConfigDict) -> bool:
+  """Whether a chosen method is trained on sequences of other tasks first."""
+  return not set(_META_TRAINED).isdisjoint(chosen(config))
+
+
+def get(name: str, write_rule: str) -> continual.Method:
+  """A method by its name.
+
+  Args:
+    name: in `METHODS`.
+    write_rule: `config.continual.write_rule`, for memories.
+  """
+  if name in continual.METHODS:
+    return continual.METHODS[name]
+  method = continual.memory.method(write_rule)
+  return continual.replay.replaying(method, 0.05) if name.endswith("replay 5 %") else method

@@ -1,0 +1,95 @@
+"""What the runs of a comparison on sequences of tasks have in common: the base model, the tasks, and the numbers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from mftjax import config as config_lib
+from mftjax import errors, models
+from mftjax.baselines import continual as methods_lib
+from mftjax.data import sequences
+from mftjax.loops import base_model, continual_methods, continual_tasks, sequence
+from mftjax.loops import task as task_lib
+from mftjax.models import slots
+
+_TRAINED = {"full": nnx.Param, "lora": models.lora.LoRAParam, "memory": models.MemoryWrite}
+_BASE_ROWS = 4096  # of the procedural base model's training
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """The base model and the tasks, and the programs' common numbers."""
+
+  config: ml_collections.ConfigDict
+  base: tuple[Any, Any]  # the base model taken apart
+  tokenizer: Any
+  stream: sequences.Stream  # the sequences to judge on
+  validation: jax.Array  # [num_validation, num_tasks] int32, pools of the sequences to tune on
+  training: sequences.Stream | None  # the sequences to meta-train on
+  background: Any  # Batch of rows like the base model's training data
+  run: sequence.Run
+
+  def setup(self, trained: str, num_rows: int | None = None) -> methods_lib.Setup:
+    """The base model with what a kind of method trains.
+
+    Args:
+      trained: "full", "lora" or "memory".
+      num_rows: slots that a memory is open to; `config.continual.written_rows` by default.
+    """
+    config, model = self.config, nnx.merge(*self.base)
+    _add(model, config, trained)
+    if trained == "memory":
+      rows = self.background
+      states = model.memory_inputs(rows.tokens, rows.segment_ids, rows.positions)
+      for number, memory in enumerate(model.memories()):
+        if config.continual.write_rule == "new":
+          memory.keys[...] = jnp.zeros_like(memory.keys[...])  # no query is near a slot that no task has yet
+        if config.memory.whitened:
+          slots.whiten(memory, states[number], rows.segment_ids > 0)
+        memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))
+    parts: Any = nnx.split(model, _TRAINED[trained], methods_lib.memory.HELD, ...)
+    graphdef, params, held, frozen = parts
+    return methods_lib.Setup(graphdef, params, held, frozen, self.stream.num_tasks, self.background)
+
+
+def build(config: ml_collections.ConfigDict) -> Setting:
+  """The setting of a config; a base model for procedural tasks is trained here.
+
+  Raises:
+    InputError: tasks, a memory or a LoRA that are not to be had, or sizes that do not go together; before any training.
+  """
+  decoder, tokenizer = task_lib.load_model(config)
+  graphdef, params = nnx.split(decoder)
+  names = continual_methods.chosen(config)
+  for trained in {continual_methods.get(name, config.continual.write_rule).trained for name in names}:
+    _add(nnx.merge(graphdef, params), config, trained)
+  tasks = continual_tasks.read(config, tokenizer)
+  if config.continual.source == "procedural":
+    params = _trained(config, graphdef, params)
+  run = sequence.Run(config_lib.num_steps(config), config.batch_size)
+  return Setting(
+    config, (graphdef, params), tokenizer, tasks.stream, tasks.validation, tasks.training, tasks.background, run
+  )
+
+
+def _add(model: models.Decoder, config: ml_collections.ConfigDict, trained: str) -> None:
+  """Gives the model what a kind of method trains, in place."""
+  if trained == "lora":
+    rngs = nnx.Rngs(config.seed + 2)
+    models.lora.add(model, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs)
+  if trained == "memory":
+    if not config.memory.num_slots:
+      raise errors.InputError("config.memory.num_slots = 0 leaves the memory nothing to write: give it slots.")
+    task_lib.attach_memory(model, config)
+
+
+def _trained(config: ml_collections.ConfigDict, graphdef: Any, params: Any) -> Any:
+  """The procedural base model's params."""
+  pools = {name: rows[None] for name, rows in sequences.base_rows(config.length, _BASE_ROWS, 0).items()}
+  apply = lambda params, batch: nnx.merge(graphdef, params)(batch.tokens, batch.segment_ids, batch.positions)
+  key, num_steps = jax.random.key(config.seed), config.continual.base_steps
+  return base_model.train(apply, params, pools, jnp.zeros(1, jnp.int32), num_steps, 32, key)
