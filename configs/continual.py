@@ -1,6 +1,8 @@
 """Sequences of tasks, learnt one after another by methods against forgetting.
 
 python -m experiments.continual --config=configs/continual.py:small --workdir=runs/continual
+
+Variants: `small`; `facts`, the same with eight tasks of facts alone, as many as there are names for; `tiny`, for tests.
 """
 
 from mftjax import config as config_lib
@@ -59,6 +61,8 @@ def get_config(variant="small"):
     config.retention.base_rows = 4
     config.retention.written_rows = 16
     config.checkpoint_every = 3
+  elif variant == "facts":
+    config.continual.kinds = ("facts",) * 8
   elif variant != "small":
-    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, tiny.")
+    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, facts, tiny.")
   return config

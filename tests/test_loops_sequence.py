@@ -105,6 +105,33 @@ def test_steps_are_those_of_a_hand_written_loop_for_each_run_alone(whole, keys, 
     np.testing.assert_allclose(found[place], wanted, atol=2e-5)
 
 
+def shapes_in(jaxpr):
+  """The shape of every array that a program reads or computes, those within its loops too."""
+  for equation in jaxpr.eqns:
+    yield from (variable.aval.shape for variable in (*equation.invars, *equation.outvars))
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from shapes_in(inner)
+
+
+@pytest.mark.parametrize("part", ["advance", "measure"])
+def test_runs_share_the_frozen_weights(programs, keys, part):
+  """No program makes one more copy of a weight of the base model for each run."""
+  values = stacked(*VALUES)
+  state = programs.start(values)
+  args = {
+    "advance": (state, values, ORDER, jnp.int32(1), keys, jnp.arange(4)),
+    "measure": (state, values, ORDER),
+  }[part]
+  found = set(shapes_in(jax.make_jaxpr(getattr(programs, part))(*args).jaxpr))
+  setup = tiny_setting().setup("lora")
+  of_runs = lambda tree: (
+    {(2, *x.shape) for x in jax.tree.leaves(tree)} | {(2, *x.shape[1:]) for x in jax.tree.leaves(tree)}
+  )
+  weights = [x for x in jax.tree.leaves(setup.frozen) if x.ndim > 1]
+  assert not of_runs(weights) & found
+  assert of_runs(setup.params) & found  # what is trained is each run's own
+
+
 def told_by_the_model(setup, weights, rows, share):
   """Rows whose targets are, in this share of the segments, what the model itself says."""
   apply = jax.jit(lambda tokens: setup.logits(weights, sequence.as_batch({**rows, "tokens": tokens})))
@@ -118,8 +145,10 @@ def told_by_the_model(setup, weights, rows, share):
   return {**rows, "tokens": jnp.asarray(tokens)}
 
 
-def test_measured_is_the_evaluation_by_hand():
+@pytest.mark.parametrize("rows_at_once", [99, 3])
+def test_measured_is_the_evaluation_by_hand(monkeypatch, rows_at_once):
   setting = tiny_setting()
+  monkeypatch.setattr(sequence, "_MOST_LOGITS", rows_at_once * 28 * 100)
   setup = setting.setup("lora")
   weights = (setup.params, setup.held)
   flat = {name: values.reshape(-1, values.shape[-1]) for name, values in setting.stream.test.items()}

@@ -83,18 +83,19 @@ def run(
 
   Args:
     folder: keeps checkpoints between and inside tasks, from which the same call goes on.
-    is_measured: whether after every task, or else after the last only.
+    is_measured: whether before and after every task, or else after the last only, with zeros before.
   """
   programs, every = found.programs, setting.config.checkpoint_every
   stacked = {name: jnp.asarray([one[name] for one in values], jnp.float32) for name in values[0]}
   tasks, num_steps = setting.stream.num_tasks, setting.run.num_steps
   num_tasks, num_steps = (1, num_steps * tasks) if found.method.is_joint else (tasks, num_steps)
   state = programs.start(stacked)
-  before = programs.measure(state, stacked, order)
+  empty = sequence.Measured(jnp.zeros(order.shape), jnp.zeros(order.shape), jnp.zeros(len(order)))
+  before = programs.measure(state, stacked, order) if is_measured else empty
   after: list[sequence.Measured] = []
   written: list[np.ndarray] = []
   begun, done = 0, 0  # the task, and its steps that are done
-  with _Saved(folder, before, num_tasks) as saved:
+  with _Saved(folder, empty, num_tasks) as saved:
     resumed = saved.restore(state)
     if resumed:
       state, after, data = resumed
@@ -141,9 +142,9 @@ def in_groups(
 class _Saved:
   """Checkpoints of some runs, or none without a folder."""
 
-  def __init__(self, folder: pathlib.Path | None, before: Any, num_tasks: int):
+  def __init__(self, folder: pathlib.Path | None, measured: Any, num_tasks: int):
     self._checkpoints = checkpoint.Checkpoints(folder / "checkpoints") if folder else None
-    self._empty = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), before)
+    self._empty = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), measured)
 
   def __enter__(self) -> "_Saved":
     return self

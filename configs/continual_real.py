@@ -1,0 +1,86 @@
+"""Sequences of real tasks, learnt one after another by methods against forgetting.
+
+python -m experiments.continual --config=configs/continual_real.py:smollm2 --workdir=runs/continual-smollm2
+
+Variants: `smollm2`, eight short tasks in three orders for SmolLM2-135M-Instruct on 2 CPU cores; for one accelerator
+`standard_1` to `standard_3`, `five_1` to `five_3` and `long_1` to `long_3`, the benchmark of text classification in the
+orders of O-LoRA and de Masson d'Autume et al., of a model that config.model.path names. Model and data are found as in
+configs/smollm2.py; the benchmark comes from the hub, or from the folder config.continual.benchmark_folder.
+"""
+
+from configs import smollm2
+from mftjax import config as config_lib
+from mftjax.data import classification
+
+_FILES = (
+  "bbh/boolean_expressions",
+  "p3/paws_labeled_final",
+  "bbh/object_counting",
+  "p3/quartz",
+  "bbh/sports_understanding",
+  "p3/qasc",
+  "bbh/dyck_languages",
+  "p3/social_i_qa",
+)
+_TEMPLATES = (
+  ("paws_labeled_final", "paws_labeled_final_PAWS_ANLI_GPT3_no_label"),
+  ("quartz", "quartz_paragraph_question_plain_concat"),
+  ("qasc", "qasc_qa_with_separated_facts_3"),
+)
+
+
+def get_config(variant="smollm2"):
+  config = config_lib.default()
+  config.task = "continual"
+  config.learner.kind = "meta"
+  smollm2.use_model(config)
+  config.continual.base_path = str(smollm2.data_folder() / "gsm8k" / "train.jsonl")
+  config.memory.key_dim = 64
+  config.memory.num_heads = 1
+  config.memory.top_k = 4
+  config.memory.temperature = 0.1
+  config.memory.qk_norm = True
+  config.memory.null_cosine = 0.95
+  config.memory.layers = (29,)  # the last of SmolLM2-135M
+  config.meta.unroll_length = 1  # not used: an episode is one unroll
+  del config.hyperparameters["b1"], config.hyperparameters["weight_decay"]
+  config_lib.learned("learning_rate", config, 0.1, 1e2, value=5.0)
+  if variant == "smollm2":
+    config.length = 96
+    config.batch_size = 4
+    config.budget_tokens = 10 * 4 * 96  # of each task
+    config.continual.source = "files"
+    config.continual.files = tuple(str(smollm2.data_folder() / f"{name}.jsonl") for name in _FILES)
+    config.continual.templates = _TEMPLATES
+    config.continual.methods = ("sequential LoRA", "L2-SP", "LwF", "O-LoRA", "replay 5 %", "joint", "memory")
+    config.continual.num_sequences = 3
+    config.continual.num_validation = 1
+    config.continual.num_trials = 2
+    config.continual.at_once = 1
+    config.continual.train_rows = 48
+    config.continual.test_rows = 10
+    config.continual.base_rows = 8
+    config.continual.written_rows = 96
+    config.continual.lora_learning_rates = (3e-4, 1e-2)
+    config.memory.num_slots = 8 * 96  # a block for each task
+    config.checkpoint_every = 10
+  elif variant in classification.ORDERS:
+    config.length = 512
+    config.batch_size = 32
+    config.budget_tokens = 250 * 32 * 512  # of each task
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.continual.source = "benchmark"
+    config.continual.orders = (variant,)
+    config.continual.num_validation = 1
+    config.continual.num_trials = 4
+    config.continual.at_once = 1
+    config.continual.train_rows = 1000
+    config.continual.test_rows = 500
+    config.continual.written_rows = 1024
+    config.memory.num_slots = len(classification.ORDERS[variant]) * 1024
+    config.checkpoint_every = 50
+  else:
+    known = ", ".join(["smollm2", *classification.ORDERS])
+    raise ValueError(f"No variant {variant!r} of configs/continual_real.py; there are: {known}.")
+  return config
