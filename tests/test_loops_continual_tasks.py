@@ -14,7 +14,7 @@ from configs import continual as continual_config
 from configs import continual_real
 from mftjax import config as config_lib
 from mftjax import errors
-from mftjax.data import abilities, classification, tokens
+from mftjax.data import abilities, classification, sequences, tokens
 from mftjax.loops import continual, continual_methods, continual_setting, continual_tasks
 from tests.test_data_task_streams import SHARED, benchmark_folder, needs_shared
 
@@ -203,6 +203,15 @@ def setting_size(setting):
   return sum(x.size for x in jax.tree.leaves(setting.base[1]))
 
 
+def test_there_are_names_for_sequences_of_facts_alone():
+  kinds = continual_config.get_config("facts").continual.kinds
+  for split in sequences.SPLITS:
+    answers = [prompt for task in sequences.sample(split, kinds, 0) for prompt in task.answers]
+    assert len(set(answers)) == len(answers) == 8 * sequences.FACTS_PER_TASK
+  with pytest.raises(ValueError, match="there are: small, facts, tiny"):
+    continual_config.get_config("fact")
+
+
 @pytest.mark.parametrize("variant", ["smollm2", *classification.ORDERS])
 def test_variants_are_whole_configs(variant):
   config = continual_real.get_config(variant)
@@ -224,16 +233,13 @@ def test_the_tasks_of_the_small_comparison_are_of_many_kinds_of_text():
   assert found.training is None and np.asarray(found.stream.test["loss_mask"]).sum(axis=-1).max(axis=-1).min() > 1
 
 
-def flags(folder, workdir):
-  listed = lambda *names: "(" + "".join(f"'{path}'," for path in paths(folder, *names)) + ")"
+def flags(files, base_path, workdir):
   return [
     "--config=configs/continual.py:tiny",
     f"--workdir={workdir}",
     "--config.continual.source=files",
-    f"--config.continual.files={listed('alpha', 'beta')}",
-    "--config.continual.templates=(('alpha', 'x'),)",
-    "--config.continual.orders=(('beta', 'alpha'),)",
-    f"--config.continual.base_path={folder / 'zeta.jsonl'}",
+    f"--config.continual.files={tuple(map(str, files))}",
+    f"--config.continual.base_path={base_path}",
     "--config.continual.base_rows=4",
     "--config.lora.targets=('q_proj',)",
     "--config.continual.methods=('sequential LoRA',)",
@@ -247,19 +253,25 @@ def command(*args):
   )
 
 
+@needs_shared
 @pytest.mark.slow
-def test_files_as_a_user_names_them(folder, tmp_path):
-  done = command(*flags(folder, tmp_path / "run"))
+def test_files_as_a_user_names_them(tmp_path):
+  files = [SHARED / "bbh" / "boolean_expressions.jsonl", SHARED / "p3" / "quartz.jsonl"]
+  done = command(
+    *flags(files, SHARED / "p3" / "common_gen.jsonl", tmp_path / "run"),
+    "--config.continual.templates=(('quartz', 'quartz_paragraph_question_plain_concat'),)",
+    "--config.continual.orders=(('quartz', 0),)",
+  )
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "run" / "continual.json").read_text())
-  assert result["task_names"] == ["beta", "alpha"] and result["num_sequences"] == 1
+  assert result["task_names"] == ["quartz", "boolean_expressions"] and result["num_sequences"] == 1
   (row,) = result["rows"]
   assert np.isfinite(row["matrix"]["loss"]).all() and row["name"] == "sequential LoRA"
 
 
 @pytest.mark.slow
 def test_a_wrong_file_is_one_message_and_exit_2(folder, tmp_path):
-  done = command(*flags(folder, tmp_path / "untouched"), "--config.continual.files=('alpa.jsonl', 'beta.jsonl')")
+  done = command(*flags(["alpa.jsonl", "beta.jsonl"], folder / "zeta.jsonl", tmp_path / "untouched"))
   assert done.returncode == 2, done.stderr
   assert "config.continual.files" in done.stderr and done.stderr.count("error:") == 1
   assert "Traceback" not in done.stderr and not (tmp_path / "untouched").exists()
