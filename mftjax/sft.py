@@ -102,10 +102,19 @@ def exact_matches(logits: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax
   Returns:
     `[batch]` f32 examples answered exactly, and `[batch]` f32 examples.
   """
+  return whole_examples(jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:], batch)
+
+
+def whole_examples(is_right: jax.Array, batch: types.Batch) -> tuple[jax.Array, jax.Array]:
+  """How many of the examples of each row have all of their targets right, and how many there are; as `exact_matches`.
+
+  Args:
+    is_right: `[batch, length - 1]` bool, whether token l + 1 is predicted; only those of targets count.
+  """
   segments = batch.segment_ids[:, 1:]
   is_target = target_mask(batch) > 0
-  is_wrong = is_target & (jnp.argmax(logits[:, :-1], axis=-1) != batch.tokens[:, 1:])
-  count = jax.vmap(lambda flags, ids: jax.ops.segment_sum(flags.astype(jnp.float32), ids, logits.shape[1]))
+  is_wrong = is_target & ~is_right
+  count = jax.vmap(lambda flags, ids: jax.ops.segment_sum(flags.astype(jnp.float32), ids, batch.tokens.shape[1]))
   has_target, has_wrong = count(is_target, segments) > 0, count(is_wrong, segments) > 0
   return jnp.sum(has_target & ~has_wrong, axis=1, dtype=jnp.float32), jnp.sum(has_target, axis=1, dtype=jnp.float32)
 

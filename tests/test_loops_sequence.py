@@ -148,7 +148,7 @@ def told_by_the_model(setup, weights, rows, share):
 @pytest.mark.parametrize("rows_at_once", [99, 3])
 def test_measured_is_the_evaluation_by_hand(monkeypatch, rows_at_once):
   setting = tiny_setting()
-  monkeypatch.setattr(sequence, "_MOST_LOGITS", rows_at_once * 28 * 100)
+  monkeypatch.setattr(sequence, "_MOST_LOGITS", rows_at_once * 8 * 100)
   setup = setting.setup("lora")
   weights = (setup.params, setup.held)
   flat = {name: values.reshape(-1, values.shape[-1]) for name, values in setting.stream.test.items()}
@@ -156,7 +156,8 @@ def test_measured_is_the_evaluation_by_hand(monkeypatch, rows_at_once):
   test = {name: values.reshape(setting.stream.test[name].shape) for name, values in own.items()}
   stream = dataclasses.replace(setting.stream, test=test)
   order = jnp.asarray([4, 0, 5])
-  found = sequence.measured(setup, weights, stream, order)
+  num_targets = sequence.most_targets(stream)
+  found = sequence.measured(setup, weights, stream, order, num_targets)
 
   def by_hand(rows):
     batch = sequence.as_batch(rows)

@@ -7,12 +7,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from mftjax import metagrad, sft, types
 from mftjax.baselines import continual
 from mftjax.data import sequences
 
-_MOST_LOGITS = 2**26  # that are held at once for each run, while it is measured
+_MOST_LOGITS, _MOST_TOKENS = 2**26, 2**15  # that are held at once for each run, while it is measured
 
 
 @flax.struct.dataclass
@@ -61,6 +62,7 @@ def build(setup: continual.Setup, method: continual.Method, stream: sequences.St
   on as it would have gone on.
   """
   total = run.num_steps * (setup.num_tasks if method.is_joint else 1)
+  num_targets = most_targets(stream)
 
   # As arguments: as constants, a large model's arrays would be copied into every program.
   own = {name: getattr(setup, name) for name in ("params", "held", "frozen", "background")}
@@ -115,7 +117,7 @@ def build(setup: continual.Setup, method: continual.Method, stream: sequences.St
     return State(state.inner.replace(params=params), carry)
 
   def measure(setup, stream, state, values, order):
-    return measured(setup, method.final(state.inner.params, state.carry, values), stream, order)
+    return measured(setup, method.final(state.inner.params, state.carry, values), stream, order, num_targets)
 
   return Programs(
     compiled(start, 0),
@@ -126,30 +128,52 @@ def build(setup: continual.Setup, method: continual.Method, stream: sequences.St
   )
 
 
-def measured(setup: continual.Setup, weights: Any, stream: sequences.Stream, order: jax.Array) -> Measured:
-  """What the model with these weights does on the tasks `order` `[num_tasks]` and on the base model's data."""
+def most_targets(stream: sequences.Stream) -> dict[str, int]:
+  """Targets of the row that has the most, of the stream's `test` and `base` rows."""
+  flat = lambda rows: {name: values.reshape(-1, values.shape[-1]) for name, values in rows.items()}
+  most = lambda rows: int(sft.target_mask(as_batch(flat(rows))).sum(axis=1).max())
+  return {"test": most(stream.test), "base": most(stream.base)}
 
+
+def measured(
+  setup: continual.Setup, weights: Any, stream: sequences.Stream, order: jax.Array, num_targets: Mapping[str, int]
+) -> Measured:
+  """What the model with these weights does on the tasks `order` `[num_tasks]` and on the base model's data.
+
+  Args:
+    num_targets: `most_targets` of the stream. Logits are computed for so many tokens of a row only, those that answer:
+      of a small model with a large vocabulary they cost as much as all the rest.
+  """
   model = setup.merge(weights)
 
-  def judge_part(rows):
+  def judge_part(rows, num_targets):
     batch = as_batch(rows)
-    logits = model(batch.tokens, batch.segment_ids, batch.positions)
-    losses, counts = sft.row_losses(logits, batch)
-    return *sft.exact_matches(logits, batch), losses * counts, counts
+    mask = sft.target_mask(batch)
+    place = jnp.argsort(mask == 0, axis=1)[:, :num_targets]  # where the next token is a target, and others
+    at_place = lambda values: jnp.take_along_axis(values, place, axis=1)
+    hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    logits = model.logits(jnp.take_along_axis(hidden, place[..., None], axis=1))
+    targets = at_place(batch.tokens[:, 1:])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * at_place(mask)
+    is_right = jnp.argmax(logits, axis=-1) == targets
+    is_right = jnp.put_along_axis(jnp.zeros(mask.shape, bool), place, is_right, axis=1, inplace=False)
+    return *sft.whole_examples(is_right, batch), losses, mask
 
-  def judge(rows):
+  def judge(rows, num_targets):
     num_rows, length = rows["tokens"].shape
-    num_parts = min(-(-num_rows * length * model.config.vocab_size // _MOST_LOGITS), num_rows)
+    at_once = min(_MOST_LOGITS // (num_targets * model.config.vocab_size), _MOST_TOKENS // length, num_rows)
+    num_parts = -(-num_rows // max(at_once, 1))
     missing = -num_rows % num_parts  # rows of padding, in which nothing counts
     parts = {
       name: jnp.pad(values, ((0, missing), (0, 0))).reshape(num_parts, -1, length) for name, values in rows.items()
     }
-    right, examples, losses, counts = (x.sum() for x in jax.lax.map(judge_part, parts))
+    found = jax.lax.map(lambda part: judge_part(part, num_targets), parts)
+    right, examples, losses, counts = (x.sum() for x in found)
     return right / examples, losses / counts
 
-  of_task = lambda pool: judge({name: values[pool] for name, values in stream.test.items()})
+  of_task = lambda pool: judge({name: values[pool] for name, values in stream.test.items()}, num_targets["test"])
   accuracy, loss = jax.lax.map(of_task, order)
-  return Measured(accuracy, loss, judge(stream.base)[1])
+  return Measured(accuracy, loss, judge(stream.base, num_targets["base"])[1])
 
 
 def as_batch(rows: Mapping[str, jax.Array]) -> types.Batch:

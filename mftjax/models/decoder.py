@@ -302,7 +302,13 @@ class Decoder(nnx.Module):
     Raises:
       InputError: more tokens than `config.max_length`.
     """
-    return self.logits(self.run_layers(*self._inputs(tokens, segment_ids, positions))[0])
+    return self.logits(self.hidden(tokens, segment_ids, positions))
+
+  def hidden(
+    self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+  ) -> jax.Array:
+    """`[batch, length, hidden_size]` last hidden states, of which `logits` says what comes next; arguments as above."""
+    return self.run_layers(*self._inputs(tokens, segment_ids, positions))[0]
 
   def memory_inputs(
     self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
