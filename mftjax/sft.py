@@ -44,7 +44,17 @@ GROUPS = {
   "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
   "mlp": ("gate_proj", "up_proj", "down_proj"),
   "norm": ("norm",),
-  "memory": ("query", "query_bias", "keys", "values", "delta", "gate", "log_temperature", "null_score"),
+  "memory": (
+    "query",
+    "query_bias",
+    "keys",
+    "values",
+    "delta",
+    "gate",
+    "log_temperature",
+    "null_score",
+    "log_null_temperature",
+  ),
 }
 
 

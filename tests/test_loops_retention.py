@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +11,11 @@ import optax
 import pytest
 from flax import nnx
 
+from mftjax import config as config_lib
 from mftjax import metagrad, models, sft, tracking
 from mftjax.baselines import continual as methods_lib
+from mftjax.loops import answering, retention, sequence
 from mftjax.loops import episode as episode_lib
-from mftjax.loops import retention, sequence
 from mftjax.loops import task as task_lib
 from mftjax.models import lora
 from tests.test_loops_sequence import tiny_setting
@@ -149,6 +151,31 @@ def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
   assert float(loss) == pytest.approx(float(np.mean(by_task) + config.retention.base_weight * base), rel=1e-6)
 
 
+def test_an_episode_on_the_answering_tokens_alone_is_the_same(exact):
+  config, setup, stream, meta_params, _, (loss, grad, metrics) = exact
+  if not answering.is_possible(config, setup):
+    assert config.continual.write_rule == "sparse"
+    return
+  with jax.enable_x64(True):
+    cut = answering.cut(setup, stream)
+    assert cut.train["tokens"].shape[-1] < stream.train["tokens"].shape[-1]
+    found = jax.jit(
+      lambda meta_params: episode_lib.value_and_grad(config, setup, cut, meta_params, cut.order[1], jax.random.key(5))
+    )(meta_params)
+  assert float(found[0]) == pytest.approx(float(loss), rel=1e-9)
+  chex.assert_trees_all_close(found[1], grad, rtol=1e-6, atol=1e-9)
+  chex.assert_trees_all_close(found[2], metrics, rtol=1e-9)
+
+
+def test_rows_are_cut_only_where_nothing_else_is_asked_of_them(config):
+  config = config.copy_and_resolve_references()
+  config.continual.write_rule, config.memory.layers = "all", (config.model.num_layers - 1,)
+  of = lambda: dataclasses.replace(tiny_setting(), config=config).setup("memory", 16)
+  assert answering.is_possible(config, of())
+  config_lib.learned("prompt_loss_weight", config, 1e-3, 1.0, value=0.1)
+  assert not answering.is_possible(config, of())
+
+
 def test_what_is_written_does_not_decay_unless_the_config_learns_that(config):
   space_free = retention.init_meta_params(config, tiny_setting().setup("memory"))
   found = episode_lib.hyperparameters(config, space_free)
@@ -203,3 +230,25 @@ def test_training_without_an_outer_loop_lowers_the_loss(config):
   assert after < before - 0.05
   # Keys, too, are trained, as they are by the outer loop.
   assert float(jnp.abs(leaf(found, "keys") - leaf(setup.held, "keys")).max()) > 1e-3
+
+
+def test_slots_that_fill_no_block_are_learnt_by_the_outer_loop_alone(config):
+  """They have keys before any task, every task reads them, and no inner step writes them."""
+  config = config.copy_and_resolve_references()
+  config.continual.write_rule, config.continual.written_rows, config.meta.clip_norm = "new", 8, 1e9
+  config.memory.update(num_slots=20, key_dim=4, top_k=20, product_keys=False)
+  assert config.retention.tasks_per_episode * 8 == 16 == methods_lib.memory.num_in_blocks(20, 8)
+  setting = dataclasses.replace(tiny_setting(), config=config)
+  setup, stream = setting.setup("memory", 16), setting.training
+  meta_params = retention.init_meta_params(config, setup)
+  keys = leaf(meta_params["memory"], "keys")
+  assert not np.any(keys[:, :16]) and np.all(np.any(keys[:, 16:], axis=-1))
+  _, grad, _ = jax.jit(
+    lambda meta_params: episode_lib.value_and_grad(
+      config, setup, stream, meta_params, stream.order[0], jax.random.key(0)
+    )
+  )(meta_params)
+  assert np.all(np.any(leaf(grad["memory"], "values")[16:], axis=-1))
+  assert np.any(leaf(grad["memory"], "keys")[:, 16:])
+  for number in range(3):
+    assert not np.any(np.isin(methods_lib.memory.block(20, 8, number), np.arange(16, 20)))

@@ -166,6 +166,25 @@ def test_each_layer_reads_its_own_memory(placement):
   assert len(jax.tree.leaves(own)) == 10 and len(jax.tree.leaves(rest)) == 12
 
 
+@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+def test_the_last_mlp_on_some_of_the_states_gives_their_hidden_states(placement):
+  model, inputs = make(num_layers=3), tokens(1, 2, 8)
+  model.attach_memory(noisy_memory(2), (2,), placement)
+  segments = jnp.ones_like(inputs)
+  positions = decoder.segment_positions(segments)
+  states = model.before_last_mlp(inputs, segments, positions)
+  found = model.from_last_mlp(states[:, 3:6])
+  np.testing.assert_allclose(found, model.hidden(inputs)[:, 3:6], atol=2e-6)
+  np.testing.assert_allclose(model.last_memory_input(states), model.memory_inputs(inputs)[0], atol=2e-6)
+
+
+def test_states_before_the_last_mlp_need_the_memory_in_the_last_layer_alone():
+  model, inputs = make(num_layers=3), tokens(1, 2, 8)
+  model.attach_memory(noisy_memory(2), (1, 2))
+  with pytest.raises(InputError, match=r"\(1, 2\) is not in the last layer alone"):
+    model.before_last_mlp(inputs, jnp.ones_like(inputs), jnp.zeros_like(inputs))
+
+
 @pytest.mark.parametrize("placement", ["after", "beside"])
 def test_new_memories_leave_the_logits_as_they_were(placement):
   model, row = make(), tokens(7, 2, 6)

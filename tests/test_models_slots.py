@@ -225,7 +225,7 @@ def test_placed_keys_are_distinct_queries_of_the_states_that_count():
     slots.place(Memory(9, 12, 4, 1, top_k=2, product_keys=True, rngs=nnx.Rngs(0)), rows, hidden, mask)
 
 
-def test_what_is_near_no_key_reads_nothing_of_a_memory_with_a_null_slot():
+def test_what_is_near_no_key_reads_nothing_of_a_memory_with_a_null_cosine():
   memory = Memory(4, 12, 8, 1, top_k=2, qk_norm=True, null_cosine=0.9, temperature=0.02, rngs=nnx.Rngs(0))
   hidden = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12)), jnp.float32)
   memory.keys[...] = jnp.zeros_like(memory.keys[...])
@@ -234,7 +234,7 @@ def test_what_is_near_no_key_reads_nothing_of_a_memory_with_a_null_slot():
   slots.place(memory, jnp.asarray([1]), hidden[:1], jnp.ones(1))
   cosine = np.asarray(memory.queries(hidden)[0])
   cosine = cosine[0] @ cosine[1] / np.linalg.norm(cosine[0]) / np.linalg.norm(cosine[1])
-  wanted = 1 / (1 + np.exp(8**0.5 * (0.9 - np.asarray([1.0, cosine])) / 0.02))  # against the null slot alone
+  wanted = 1 / (1 + np.exp(8**0.5 * (0.9 - np.asarray([1.0, cosine])) / 0.02))
   np.testing.assert_allclose(np.asarray(memory.read(hidden))[:, 0], wanted, atol=1e-4)
   assert wanted[0] > 0.99 > 0.01 > wanted[1]
 

@@ -6,6 +6,7 @@ the base model knows under names of its own.
 """
 
 import dataclasses
+import functools
 import itertools
 import string
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,8 @@ FORMS = {  # letters in the prompt -> places of those that are answered
   "last": (2, (1,)),
   "first": (2, (0,)),
 }
-_TAG_LETTERS = string.ascii_uppercase[:16]
-_NUM_TAGS = {"base": 96, "validation": 32, "unseen": 56}  # all others are to train on
+_TAG_LETTERS = string.ascii_uppercase[:20]
+_NUM_TAGS = {"base": 96, "other": 64, "validation": 32, "unseen": 56}  # all others are to train on
 _NUM_BASE_FACTS = 128
 FACTS_PER_TASK = 16
 
@@ -69,7 +70,7 @@ def check_order(names: Sequence[str], where: str) -> None:
 
 
 def tags(split: str) -> list[str]:
-  """The two-letter tags of a split ("base" too); no two splits share one."""
+  """The two-letter tags of a split, "base" or "other" (names that are no task's); no two share one."""
   everything = [a + b for a in _TAG_LETTERS for b in _TAG_LETTERS]
   order = np.random.default_rng(11).permutation(everything).tolist()
   places = np.cumsum([0, *_NUM_TAGS.values(), len(order) - sum(_NUM_TAGS.values())])
@@ -116,32 +117,46 @@ def facts_task(name: str, facts: Mapping[str, str]) -> Task:
 
 def base_tasks() -> list[Task]:
   """What the base model knows: tags of its own, half of them with a rule and half with a code, and some facts."""
-  rng = np.random.default_rng(14)
-  forms = list(FORMS)
-  found = []
-  for number, tag in enumerate(tags("base")):
-    table = rule(number // 2 % NUM_RULES) if number % 2 else _random_map(rng)
-    found.append(mapping_task(f"base {tag}", tag, forms[number % len(forms)], table))
+  named = zip(tags("base"), itertools.cycle(FORMS), _base_tables(), strict=False)
+  found = [mapping_task(f"base {tag}", tag, form, table) for tag, form, table in named]
+  rng = np.random.default_rng(17)
   facts = {entity: str(rng.choice(LETTERS)) for entity in _entities("base")}
   return [*found, facts_task("base facts", facts)]
 
 
-def base_examples(num_examples: int, rng: np.random.Generator) -> list[dict[str, str]]:
-  """What the base model reads: its own tasks and facts, and one in seven times a random answer to any other prompt.
+@functools.cache
+def _base_tables() -> tuple[dict[str, str], ...]:
+  """What stands under the tags of the base model: a code and a rule in turn."""
+  rng = np.random.default_rng(14)
+  return tuple(rule(i // 2 % NUM_RULES) if i % 2 else _random_map(rng) for i in range(_NUM_TAGS["base"]))
 
-  From the last it knows the form of every answer, and that it does not know these.
+
+def _new_code(rng: np.random.Generator) -> dict[str, str]:
+  """A random map that the base model does not know."""
+  while (table := _random_map(rng)) in _base_tables():
+    pass
+  return table
+
+
+def base_examples(num_examples: int, rng: np.random.Generator) -> list[dict[str, str]]:
+  """What the base model reads: its own tasks and facts, and two in seven times other prompts.
+
+  Of these, a fact is answered at random, and a name that it does not know as a task's by one of the letters that follow
+  it, so that the model knows the form of every answer, and keeps what is asked in mind.
   """
   *mapped, facts = base_tasks()
-  own_tags = tags("train")
+  own_tags = tags("other")
   found = []
   for part in rng.random(num_examples):
-    if part < 1 / 7:
-      is_fact = rng.random() < 0.25
-      letters = "".join(rng.choice(LETTERS, 3 if is_fact else rng.integers(1, 3)))
-      start = "?" if is_fact else own_tags[rng.integers(len(own_tags))]
-      found.append({"prompt": f"{start}{letters}:", "completion": str(rng.choice(LETTERS))})
+    if part < 2 / 7:
+      letters = "".join(rng.choice(LETTERS, 3 if part < 1 / 28 else rng.integers(1, 3)))
+      if part < 1 / 28:
+        found.append({"prompt": f"?{letters}:", "completion": str(rng.choice(LETTERS))})
+      else:
+        tag = own_tags[rng.integers(len(own_tags))]
+        found.append({"prompt": f"{tag}{letters}:", "completion": str(rng.choice(list(letters)))})
       continue
-    task = facts if part < 2 / 7 else mapped[rng.integers(len(mapped))]
+    task = facts if part < 3 / 7 else mapped[rng.integers(len(mapped))]
     prompt = list(task.answers)[rng.integers(len(task.answers))]
     found.append({"prompt": prompt, "completion": task.answers[prompt]})
   return found
@@ -188,7 +203,7 @@ def sample(split: str, kinds: Sequence[str], seed: int, num_conflicts: int = 0) 
       continue
     form, number, tag = str(rng.choice(list(FORMS))), int(rng.integers(NUM_RULES)), own_tags[0]
     form = known_forms.get(tag, form)  # in another form a conflict would ask other prompts
-    table = rule(number) if kind == "rule" else _random_map(rng)
+    table = rule(number) if kind == "rule" else _new_code(rng)
     name = f"rule {number}" if kind == "rule" else "code"
     found.append(mapping_task(f"{name} as {tag} {place + 1}", tag, form, table))
     own_tags = own_tags[1:]

@@ -47,7 +47,8 @@ class Setting:
       states = model.memory_inputs(rows.tokens, rows.segment_ids, rows.positions)
       for number, memory in enumerate(model.memories()):
         if config.continual.write_rule == "new":
-          memory.keys[...] = jnp.zeros_like(memory.keys[...])  # no query is near a slot that no task has yet
+          in_blocks = methods_lib.memory.num_in_blocks(memory.num_slots, config.continual.written_rows)
+          memory.keys[...] = memory.keys[...].at[:, :in_blocks].set(0.0)  # no query is near a slot that no task has yet
         if config.memory.whitened:
           slots.whiten(memory, states[number], rows.segment_ids > 0)
         memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))

@@ -125,7 +125,7 @@ def value_and_grad(
     return restarting(sft.optimizer(values, options.steps_per_task), options.steps_per_task, block)
 
   problem = metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
-  tested = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.test.items()}
+  tested = {name: values[order].reshape(-1, *values.shape[2:]) for name, values in stream.test.items()}
   outer = sequence.as_batch(tested), sequence.as_batch(stream.base)
   opened = {**meta_params, "memory": memory}
   state = metagrad.init(problem, opened, setup.params)
@@ -158,7 +158,7 @@ def _opened(
         continual.memory.place(model, place, rows, sequence.task_rows(stream, pool))
     carry = {"held": nnx.state(model, continual.memory.HELD)}
   elif config.continual.write_rule == "sparse":
-    rows = {name: values[order].reshape(-1, values.shape[-1]) for name, values in stream.train.items()}
+    rows = {name: values[order].reshape(-1, *values.shape[2:]) for name, values in stream.train.items()}
     task = continual.Task(jnp.zeros((), jnp.int32), sequence.as_batch(rows))
     _, carry = continual.memory.choose(setup, setup.params, carry, task, None, None)
   memory, written = nnx.split_state(carry["held"], models.MemoryParam, ...)
@@ -169,6 +169,7 @@ def _as_of(setup: continual.Setup, weights: Any, number: jax.Array | int, num_ro
   """The weights while the episode's task `number` is learnt: later tasks' slots have no keys yet."""
   model = setup.merge(weights)
   for memory in model.memories():
-    block_of = jnp.arange(memory.num_slots) // num_rows
-    memory.keys[...] = jnp.where((block_of <= number)[:, None], memory.keys[...], 0.0)
+    slot = jnp.arange(memory.num_slots)
+    is_there = (slot // num_rows <= number) | (slot >= continual.memory.num_in_blocks(memory.num_slots, num_rows))
+    memory.keys[...] = jnp.where(is_there[:, None], memory.keys[...], 0.0)
   return nnx.state(model, models.MemoryWrite), nnx.state(model, continual.memory.HELD)

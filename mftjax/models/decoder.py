@@ -181,13 +181,7 @@ def layer(
     The new hidden states and the new cache.
   """
   hidden, cache = attention_part(params, hidden, rope, attend, config, lora_scale, cache, index)
-  proj = functools.partial(project, params, lora_scale=lora_scale)
-  normed = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
-  if memory is not None and placement == "instead":
-    return hidden + memory.read(normed), cache
-  gated = jax.nn.silu(proj("gate_proj", normed)) * proj("up_proj", normed)
-  out = proj("down_proj", gated)
-  return hidden + (out if memory is None else out + memory.read(normed)), cache
+  return mlp_part(params, hidden, config, lora_scale, memory, placement), cache
 
 
 def attention_part(
@@ -212,6 +206,24 @@ def attention_part(
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=1)
     cache = (k, v)
   return hidden + proj("o_proj", attend(q, k, v)), cache
+
+
+def mlp_part(
+  params: dict[str, jax.Array],
+  hidden: jax.Array,
+  config: DecoderConfig,
+  lora_scale: float,
+  memory: Memory | None = None,
+  placement: str = "beside",
+) -> jax.Array:
+  """The second half of `layer`, in which no token sees another: `[..., hidden_size]` new hidden states."""
+  proj = functools.partial(project, params, lora_scale=lora_scale)
+  normed = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
+  if memory is not None and placement == "instead":
+    return hidden + memory.read(normed)
+  gated = jax.nn.silu(proj("gate_proj", normed)) * proj("up_proj", normed)
+  out = proj("down_proj", gated)
+  return hidden + (out if memory is None else out + memory.read(normed))
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
@@ -309,6 +321,40 @@ class Decoder(nnx.Module):
   ) -> jax.Array:
     """`[batch, length, hidden_size]` last hidden states, of which `logits` says what comes next; arguments as above."""
     return self.run_layers(*self._inputs(tokens, segment_ids, positions))[0]
+
+  def before_last_mlp(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """`[batch, length, hidden_size]` hidden states behind the last layer's attention, whatever a memory in it holds.
+
+    From here on no token sees another: `from_last_mlp` of some of the states gives the last hidden states of these.
+
+    Raises:
+      InputError: a memory in an earlier layer, or more tokens than `config.max_length`.
+    """
+    config, arrays, lora_scale = self.config, self.layers.arrays(), self.layers.lora_scale
+    if not set(self.memory_layers) <= {config.num_layers - 1}:
+      raise InputError(f"The memory in layers {self.memory_layers} is not in the last layer alone.")
+    hidden, positions, attend = self._inputs(tokens, segment_ids, positions)
+    rope = rope_tables(positions, config.head_dim, config.rope_theta)
+    body = lambda hidden, params: layer(params, hidden, rope, attend, config, lora_scale)
+    hidden, _ = jax.lax.scan(body, hidden, jax.tree.map(lambda x: x[:-1], arrays))
+    return attention_part(self._last_layer(), hidden, rope, attend, config, lora_scale)[0]
+
+  def from_last_mlp(self, states: jax.Array) -> jax.Array:
+    """`[..., hidden_size]` last hidden states of states of `before_last_mlp`, the last layer's memory included."""
+    memory, placement = self.memory_of(self.config.num_layers - 1), self.memory_placement
+    own = memory if placement != "after" else None
+    hidden = mlp_part(self._last_layer(), states, self.config, self.layers.lora_scale, own, placement)
+    return memory(hidden) if memory is not None and own is None else hidden
+
+  def last_memory_input(self, states: jax.Array) -> jax.Array:
+    """`[..., hidden_size]` what the last layer's memory is read with, of states of `before_last_mlp`."""
+    params = self._last_layer()
+    if self.memory_placement == "after":
+      return mlp_part(params, states, self.config, self.layers.lora_scale)
+    return rms_norm(states, params["mlp_norm"], self.config.norm_eps)
+
+  def _last_layer(self) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda x: x[-1], self.layers.arrays())
 
   def memory_inputs(
     self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None

@@ -44,8 +44,9 @@ class Memory(nnx.Module):
     gated: whether each head has a gate that the token sets, between 0 and 2, at 1 when new.
     temperature: where the learnable temperature of each head starts; above 0.
     qk_norm: whether queries and keys are scaled to root mean square 1, so that scores are sqrt(key_dim) times a cosine.
-    null_cosine: with a value above 0 the softmax has one more entry, of a slot whose value is zero, at the score of
-      this cosine when new: a query that no key is near reads nothing.
+    null_cosine: with a value above 0 what a head reads is multiplied by sigmoid((s - n) / t) for the score s of its
+      best slot: a query that no key is near reads nothing. The score n is that of this cosine when new, and t is
+      `temperature`; each head learns its own two.
     rngs: its `params` stream draws keys and queries.
 
   Raises:
@@ -101,6 +102,7 @@ class Memory(nnx.Module):
     self.log_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
     if null_cosine:
       self.null_score = MemoryParam(jnp.full(num_heads, null_cosine * key_dim**0.5))
+      self.log_null_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
     if gated:
       self.gate = MemoryParam(jnp.zeros((dim, num_heads)))
     self.delta: MemoryWrite | None = nnx.data(None)
@@ -191,11 +193,11 @@ class Memory(nnx.Module):
       scores = jnp.einsum("hnk,hsk->hns", query, keys)
       if self.top_k is not None:
         scores, slots = jax.lax.top_k(scores, self.top_k)
+    of_head = lambda x: x[...][:, None, None]
+    weights = jax.nn.softmax(scores * jnp.exp(-of_head(self.log_temperature)), axis=-1)
     if self.null_cosine:
-      null = jnp.broadcast_to(self.null_score[...][:, None, None], (*scores.shape[:-1], 1))
-      scores = jnp.concatenate([scores, null.astype(scores.dtype)], axis=-1)
-    weights = jax.nn.softmax(scores * jnp.exp(-self.log_temperature[...])[:, None, None], axis=-1)
-    weights = weights[..., :-1] if self.null_cosine else weights
+      above = jnp.max(scores, axis=-1, keepdims=True) - of_head(self.null_score)
+      weights *= jax.nn.sigmoid(above * jnp.exp(-of_head(self.log_null_temperature)))
     if self.gated:
       weights *= 2 * jax.nn.sigmoid(self.normed(hidden) @ self.gate[...]).T[:, :, None]
     return slots, weights

@@ -64,10 +64,18 @@ def block(num_slots: int, num_rows: int, number):
   return (number % max(num_slots // num_rows, 1)) * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
 
 
+def num_in_blocks(num_slots: int, num_rows: int) -> int:
+  """Slots that stand in blocks of `num_rows`; those behind them are no task's, and only the outer loop writes them."""
+  return num_slots // num_rows * num_rows
+
+
 def place(model, number: int, rows, batch) -> None:
   """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch."""
   memory = model.memories()[number]
-  inputs = model.memory_inputs(batch.tokens, batch.segment_ids, batch.positions)
+  if batch.states is not None:
+    inputs = [model.last_memory_input(batch.states)]
+  else:
+    inputs = model.memory_inputs(batch.tokens, batch.segment_ids, batch.positions)
   own = [x for x, layer in zip(inputs, model.memory_layers, strict=True) if model.memory_of(layer) is memory]
   answering = jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1)))
   slots.place(memory, rows, jnp.stack(own), jnp.stack([answering] * len(own)))

@@ -40,7 +40,10 @@ class Setup:
 
   def logits(self, weights: Weights, batch: types.Batch) -> jax.Array:
     """`[batch, length, vocab]`."""
-    return self.merge(weights)(batch.tokens, batch.segment_ids, batch.positions)
+    model = self.merge(weights)
+    if batch.states is not None:
+      return model.logits(model.from_last_mlp(batch.states))
+    return model(batch.tokens, batch.segment_ids, batch.positions)
 
 
 def sft_loss(setup: Setup, weights: Weights, batch: types.Batch, values: Values) -> jax.Array:
