@@ -1,5 +1,7 @@
 """What several files of tests share, made once."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,14 @@ from mftjax.data import meta_tasks
 from mftjax.loops import learnt, many_tasks, meta_learn
 from mftjax.loops import setting as setting_lib
 from mftjax.loops import task as task_lib
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+  """Drops compiled programs between files: with those of the whole suite in one process XLA's compiler once crashed."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
