@@ -80,8 +80,7 @@ def build(config: ml_collections.ConfigDict) -> Setting:
 def _add(model: models.Decoder, config: ml_collections.ConfigDict, trained: str) -> None:
   """Gives the model what a kind of method trains, in place."""
   if trained == "lora":
-    rngs = nnx.Rngs(config.seed + 2)
-    models.lora.add(model, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs)
+    task_lib.attach_lora(model, config)
   if trained == "memory":
     if not config.memory.num_slots:
       raise errors.InputError("config.memory.num_slots = 0 leaves the memory nothing to write: give it slots.")

@@ -99,6 +99,16 @@ def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> N
     model.attach_memory(memories[0] if options.shared else memories, tuple(options.layers), options.placement)
 
 
+def attach_lora(model: models.Decoder, config: ml_collections.ConfigDict) -> None:
+  """Give the model the config's LoRA.
+
+  Raises:
+    InputError: a rank below 1, or targets that the model does not have.
+  """
+  rngs = nnx.Rngs(config.seed + 2)
+  models.lora.add(model, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs)
+
+
 def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
   """The model with its LoRA and memory, taken apart, and its tokenizer.
 
@@ -109,8 +119,7 @@ def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
   model, tokenizer = load_model(config)
   attach_memory(model, config)
   if config.lora.rank:
-    rngs = nnx.Rngs(config.seed + 2)
-    models.lora.add(model, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs)
+    attach_lora(model, config)
   trained = models.lora.LoRAParam if config.lora.rank else nnx.Param
   parts: Any = nnx.split(model, models.MemoryParam, trained, ...)
   graphdef, memory, params, frozen = parts
