@@ -15,6 +15,7 @@ from absl import logging
 
 from mftjax import command, files, metrics
 from mftjax.loops import (
+  answering,
   continual_methods,
   continual_runs,
   continual_setting,
@@ -81,17 +82,19 @@ def _memories(
   about = None
   if setting.training is None:
     return found, about
+  setup, training = setting.setup("memory", episode.num_open(config)), setting.training
+  if answering.is_possible(config, setup):
+    training = answering.cut(setup, training)
   if any("meta-learned" in name for name in names):
     start = time.monotonic()
-    setup = setting.setup("memory", episode.num_open(config))
-    meta_params = retention.meta_train(config, setup, setting.training, workdir)
+    meta_params = retention.meta_train(config, setup, training, workdir)
     values = {name: float(x) for name, x in episode.hyperparameters(config, meta_params).items()}
     found |= {"meta": meta_params["memory"], "values": values}
     episodes = options.outer_steps * options.episodes
     about = {"outer_steps": options.outer_steps, "episodes": episodes, "seconds": time.monotonic() - start}
   if "memory, no outer loop" in missing:  # it keeps no checkpoint
     setup = setting.setup("memory")
-    found["joint"] = retention.train_without(config, setup, setting.training, options.joint_learning_rate)
+    found["joint"] = retention.train_without(config, setup, training, options.joint_learning_rate)
   return found, about
 
 

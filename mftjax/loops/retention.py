@@ -17,7 +17,7 @@ from mftjax import checkpoint, metagrad, models, sft, tracking
 from mftjax import config as config_lib
 from mftjax.baselines import continual
 from mftjax.data import sequences
-from mftjax.loops import answering, episode, sequence
+from mftjax.loops import episode, sequence
 from mftjax.loops import meta_train as direct
 from mftjax.loops import task as task_lib
 
@@ -45,13 +45,13 @@ def meta_train(
 
   Args:
     setup: of a memory that is trained, open to as many slots as an episode writes.
-    stream: sequences of `config.retention.tasks_per_episode` tasks, that no other part of an experiment sees.
+    stream: sequences of `config.retention.tasks_per_episode` tasks, that no other part of an experiment sees;
+      whole, or cut by `answering`.
 
   Raises:
     MftError: `meta.max_skipped` outer steps in a row were not finite.
   """
   options, outer = config.retention, outer_optimizer(config)
-  stream = _cut(config, setup, stream)
 
   @jax.jit
   def outer_step(frozen, rows, meta_params, opt_state, key):
@@ -99,10 +99,6 @@ def meta_train(
   return state[0]
 
 
-def _cut(config: ml_collections.ConfigDict, setup: continual.Setup, stream: sequences.Stream) -> sequences.Stream:
-  return answering.cut(setup, stream) if answering.is_possible(config, setup) else stream
-
-
 def _like(flags: jax.Array, values: jax.Array) -> jax.Array:
   """Flags `[n]` with as many axes as the values `[n, ...]`."""
   return flags.reshape(-1, *[1] * (values.ndim - 1))
@@ -116,7 +112,6 @@ def train_without(
   What is trained is what meta-training trains of the memory, without an outer loop: keys, queries and values.
   """
   options = config.retention
-  stream = _cut(config, setup, stream)
   memory, opened = nnx.split_state(setup.held, models.MemoryParam, ...)
   num_steps = options.outer_steps * options.episodes * options.tasks_per_episode * options.steps_per_task
 
