@@ -2,7 +2,8 @@
 
 python -m experiments.continual --config=configs/continual.py:small --workdir=runs/continual
 
-Variants: `small`; `facts`, the same with eight tasks of facts alone, as many as there are names for; `tiny`, for tests.
+Variants: `small`, a memory whose slots hold adapters; `facts`, the same with eight tasks of facts alone, as many as
+there are names for; `values`, a memory whose slots hold values that the last layer reads; `tiny`, that for tests.
 """
 
 from mftjax import config as config_lib
@@ -65,8 +66,15 @@ def get_config(variant="small"):
     config.retention.base_rows = 4
     config.retention.written_rows = 16
     config.checkpoint_every = 3
-  elif variant == "facts":
-    config.continual.kinds = ("facts",) * 8
-  elif variant != "small":
-    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, facts, tiny.")
+  elif variant in ("small", "facts"):
+    config.memory.update(placement="adapters", context=True, num_shared=2000, num_slots=10 * 80 + 2000)
+    config.memory.update(num_heads=1, key_dim=96, temperature=0.2, null_cosine=0.0)
+    config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
+    config.continual.memory_learning_rates = config.continual.lora_learning_rates
+    config.continual.base_rows = 512
+    config.retention.learning_rate = 0.003
+    if variant == "facts":
+      config.continual.kinds = ("facts",) * 8
+  elif variant != "values":
+    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, facts, values, tiny.")
   return config

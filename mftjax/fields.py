@@ -94,10 +94,18 @@ FIELDS: dict[str, Field] = {
   "memory.null_cosine": Field(
     0.0, "cosine at which a read falls to nothing, when new; needs qk_norm; 0 is never", lambda v: 0 <= v < 1, "0 to 1"
   ),
+  "memory.context": Field(False, "queries also see the mean of the layer's attention values so far; not placed after"),
   "memory.placement": Field(
-    "after", "on the layer's output, beside its MLP or instead of it", **_one_of(*decoder.PLACEMENTS)
+    "after",
+    "on the layer's output, beside its MLP or instead of it; or adapters, which it weighs (experiments.continual)",
+    **_one_of(*decoder.PLACEMENTS),
   ),
   "memory.whitened": Field(True, "queries are uncorrelated on the base model's data when new (experiments.continual)"),
+  "memory.num_shared": Field(
+    0,
+    "slots of num_slots that are no task's, with keys at the base model's data (experiments.continual)",
+    **_at_least(0),
+  ),
   "memory.shared": Field(True, "all layers read one memory, or else each its own"),
   "meta.outer_steps": Field(100, "outer steps", **_at_least(1)),
   "meta.unroll_length": Field(8, "inner steps that one meta-gradient goes through", **_at_least(1)),

@@ -230,6 +230,28 @@ def command(workdir, *extra):
   )
 
 
+ADAPTERS = (
+  "--config.memory.placement=adapters",
+  "--config.memory.context=True",
+  "--config.memory.num_slots=30",
+  "--config.memory.num_shared=6",
+  "--config.memory.null_cosine=0.0",
+)
+
+
+@pytest.mark.slow
+def test_a_memory_of_adapters_as_a_user_starts_it(tmp_path):
+  methods = "--config.continual.methods=('memory', 'memory, meta-learned', 'sequential LoRA')"
+  done = command(tmp_path / "run", "--config.continual.base_steps=2", *ADAPTERS, methods)
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "run" / "continual.json").read_text())
+  rows = {row["name"]: row for row in result["rows"]}
+  # What a task writes is as large as the LoRA that other methods train.
+  assert rows["memory"]["trained_parameters"] == rows["sequential LoRA"]["trained_parameters"]
+  assert rows["memory, meta-learned"]["values"] != rows["memory"]["values"] and result["meta_training"]
+  assert result["memory"]["slots_by_task"] == [8, 8, 8]
+
+
 @pytest.mark.slow
 def test_the_comparison_as_a_user_starts_it(tmp_path):
   workdir = tmp_path / "run"
@@ -256,6 +278,14 @@ BAD = {
     "num_slots = 60",
   ),
   "more reads than slots": (["--config.memory.top_k=65"], "top_k = 65"),
+  "adapters that write values": (
+    [*ADAPTERS, "--config.continual.write_rule=sparse", "--config.continual.methods=('memory',)"],
+    "write_rule = 'sparse'",
+  ),
+  "adapters without values to train": (
+    [*ADAPTERS, "--config.continual.methods=('memory, no outer loop',)"],
+    "does not have",
+  ),
   "unknown kind": (["--config.continual.kinds=('rule', 'code', 'fact')"], "Did you mean 'facts'"),
 }
 

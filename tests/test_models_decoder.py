@@ -12,7 +12,7 @@ from flax import nnx
 from mftjax import models
 from mftjax.errors import InputError
 from mftjax.loops import task
-from mftjax.models import decoder
+from mftjax.models import decoder, layers
 from tests import tiny_config
 
 CONFIG = models.DecoderConfig(
@@ -121,19 +121,19 @@ apply = nnx.jit(lambda model, row: model(row))
 def by_hand(model, row, memories, placement):
   """Logits of `[1, length]` tokens, one layer after the other in the words of the docstrings."""
   config, arrays = model.config, model.layers.arrays()
-  rope = decoder.rope_tables(jnp.arange(row.shape[1])[None], config.head_dim, config.rope_theta)
+  rope = layers.rope_tables(jnp.arange(row.shape[1])[None], config.head_dim, config.rope_theta)
   attend = lambda q, k, v: decoder.ATTENTION["full"](q, k, v, jnp.ones(row.shape, jnp.int32))
   hidden = model.embed(row)
   for number in range(config.num_layers):
     params = {name: value[number] for name, value in arrays.items()}
     if number not in memories:
-      hidden, _ = decoder.layer(params, hidden, rope, attend, config, 0.0)
+      hidden, _ = layers.layer(params, hidden, rope, attend, config, 0.0)
       continue
     # The attention is the layer without an MLP.
-    hidden, _ = decoder.layer(
+    hidden, _ = layers.layer(
       params | {"down_proj": jnp.zeros_like(params["down_proj"])}, hidden, rope, attend, config, 0.0
     )
-    normed = decoder.rms_norm(hidden, params["mlp_norm"], config.norm_eps)
+    normed = layers.rms_norm(hidden, params["mlp_norm"], config.norm_eps)
     mlp = (jax.nn.silu(normed @ params["gate_proj"]) * (normed @ params["up_proj"])) @ params["down_proj"]
     memory = memories[number]
     if placement == "after":
@@ -144,7 +144,7 @@ def by_hand(model, row, memories, placement):
   return model.logits(hidden)
 
 
-@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+@pytest.mark.parametrize("placement", decoder.READS)
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
 def test_placements_against_the_layers_by_hand(placement, layers):
   model, memory, row = make(), noisy_memory(1, top_k=3, product_keys=True), tokens(7, 1, 6)
@@ -155,7 +155,7 @@ def test_placements_against_the_layers_by_hand(placement, layers):
   assert np.abs(expected - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+@pytest.mark.parametrize("placement", decoder.READS)
 def test_each_layer_reads_its_own_memory(placement):
   model, memories, row = make(), [noisy_memory(seed) for seed in (1, 2)], tokens(7, 1, 6)
   expected = by_hand(model, row, {2: memories[0], 0: memories[1]}, placement)
@@ -166,7 +166,7 @@ def test_each_layer_reads_its_own_memory(placement):
   assert len(jax.tree.leaves(own)) == 10 and len(jax.tree.leaves(rest)) == 12
 
 
-@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+@pytest.mark.parametrize("placement", decoder.READS)
 def test_the_last_mlp_on_some_of_the_states_gives_their_hidden_states(placement):
   model, inputs = make(num_layers=3), tokens(1, 2, 8)
   model.attach_memory(noisy_memory(2), (2,), placement)
@@ -202,7 +202,7 @@ def test_a_memory_instead_of_the_mlp_is_without_it():
   np.testing.assert_array_equal(model(row), before)
 
 
-@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+@pytest.mark.parametrize("placement", decoder.READS)
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_generation_with_its_cache_reads_the_memory_too(placement, is_shared):
   model = make()
@@ -214,7 +214,7 @@ def test_generation_with_its_cache_reads_the_memory_too(placement, is_shared):
   np.testing.assert_array_equal(np.argmax(apply(model, whole)[0, 4:-1], axis=-1), new)
 
 
-@pytest.mark.parametrize("placement", decoder.PLACEMENTS)
+@pytest.mark.parametrize("placement", decoder.READS)
 def test_remat_gives_the_same_gradient_with_a_memory(placement):
   row = tokens(5, 1, 9)
 

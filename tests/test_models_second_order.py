@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mftjax import models
-from mftjax.models import MemoryParam, attention, decoder, lora
+from mftjax.models import MemoryParam, attention, layers, lora
 
 TOKENS, SEGMENTS = (
   np.array([[3, 1, 4, 1, 5, 2], [2, 7, 1, 0, 2, 2]]),
@@ -133,22 +133,22 @@ def test_rms_norm():
   plain = lambda h, s: s * h / jnp.sqrt(jnp.sum(h**2, axis=1, keepdims=True) / 5 + 1e-5)
   loss = lambda norm: lambda inputs: jnp.sum(target * norm(*inputs) ** 2)
   direction = like((hidden, scale))
-  got = product(loss(lambda h, s: decoder.rms_norm(h, s, 1e-5)), (hidden, scale), direction)
+  got = product(loss(lambda h, s: layers.rms_norm(h, s, 1e-5)), (hidden, scale), direction)
   assert_close(got, dense_product(loss(plain), (hidden, scale), direction))
 
 
 def test_gated_mlp():
   """A layer whose attention gives nothing is hidden + (silu(n gate) * (n up)) down with n = rms_norm(hidden)."""
   rng = nnx.Rngs(0)
-  arrays = {name: x[0].astype(jnp.float64) for name, x in decoder.Layers(CONFIG, rngs=rng).arrays().items()}
+  arrays = {name: x[0].astype(jnp.float64) for name, x in layers.Layers(CONFIG, rngs=rng).arrays().items()}
   names = ("mlp_norm", "gate_proj", "up_proj", "down_proj")
   params = {name: arrays[name] * (1 if name == "mlp_norm" else 20) for name in names}
   hidden, target = draw((1, 3, 8), (1, 3, 8))
-  rope = decoder.rope_tables(jnp.arange(3)[None], 4, 1e4)
+  rope = layers.rope_tables(jnp.arange(3)[None], 4, 1e4)
 
   def loss(params):
     nothing = lambda q, k, v: jnp.zeros((1, 3, 8))
-    out, _ = decoder.layer(arrays | params, hidden, rope, nothing, CONFIG, 0.0)
+    out, _ = layers.layer(arrays | params, hidden, rope, nothing, CONFIG, 0.0)
     return jnp.sum(target * out**2)
 
   def plain(params):

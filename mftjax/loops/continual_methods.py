@@ -15,21 +15,22 @@ def chosen(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """The names in `config.continual.methods`; without any, all for which the config names data.
 
   Raises:
-    InputError: an unknown method, or one that is trained on sequences of other tasks, of which there are none.
+    InputError: an unknown method, or one that the config's tasks or memory leave nothing to train with.
   """
   names = tuple(config.continual.methods)
   for name in names:
     if name not in METHODS:
       raise errors.unknown_name("method in config.continual.methods", name, METHODS)
-  if config.continual.source == "procedural" or config.retention.files:
-    return names or METHODS
+  missing: dict[str, str] = {}
+  if config.memory.placement == "adapters":
+    missing["memory, no outer loop"] = "trains the values of slots, which a memory with adapters does not have."
+  if config.continual.source != "procedural" and not config.retention.files:
+    reason = "is trained on sequences of other tasks first: name files of theirs in config.retention.files."
+    missing |= dict.fromkeys(_META_TRAINED, reason)
   for name in names:
-    if name in _META_TRAINED:
-      raise errors.InputError(
-        f"{name!r} in config.continual.methods is trained on sequences of other tasks first: "
-        "name files of theirs in config.retention.files."
-      )
-  return names or tuple(name for name in METHODS if name not in _META_TRAINED)
+    if name in missing:
+      raise errors.InputError(f"{name!r} in config.continual.methods {missing[name]}")
+  return names or tuple(name for name in METHODS if name not in missing)
 
 
 def needs_training(config: ml_collections.ConfigDict) -> bool:

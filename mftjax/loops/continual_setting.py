@@ -47,10 +47,13 @@ class Setting:
       states = model.memory_inputs(rows.tokens, rows.segment_ids, rows.positions)
       for number, memory in enumerate(model.memories()):
         if config.continual.write_rule == "new":
-          in_blocks = methods_lib.memory.num_in_blocks(memory.num_slots, config.continual.written_rows)
+          in_blocks = methods_lib.memory.num_in_blocks(memory, config.continual.written_rows)
           memory.keys[...] = memory.keys[...].at[:, :in_blocks].set(0.0)  # no query is near a slot that no task has yet
         if config.memory.whitened:
           slots.whiten(memory, states[number], rows.segment_ids > 0)
+        if memory.num_shared:
+          shared = jnp.arange(memory.num_slots - memory.num_shared, memory.num_slots)
+          methods_lib.memory.place(model, number, shared, rows)
         memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))
     parts: Any = nnx.split(model, _TRAINED[trained], methods_lib.memory.HELD, ...)
     graphdef, params, held, frozen = parts
@@ -84,6 +87,11 @@ def _add(model: models.Decoder, config: ml_collections.ConfigDict, trained: str)
   if trained == "memory":
     if not config.memory.num_slots:
       raise errors.InputError("config.memory.num_slots = 0 leaves the memory nothing to write: give it slots.")
+    if config.memory.placement == "adapters" and config.continual.write_rule != "new":
+      raise errors.InputError(
+        f"config.continual.write_rule = {config.continual.write_rule!r} writes into values of slots: a memory with "
+        "adapters needs 'new', a block for each task."
+      )
     task_lib.attach_memory(model, config)
 
 

@@ -42,7 +42,7 @@ def restarting(
     count, inner = state
     inner = jax.tree.map(lambda new, old: jnp.where(count % every == 0, new, old), optimizer.init(params), inner)
     if block is not None:
-      is_own = lambda x: (jnp.arange(len(x)) // block == count // every)[:, None]
+      is_own = lambda x: (jnp.arange(len(x)) // block == count // every).reshape(-1, *[1] * (x.ndim - 1))
       updates = jax.tree.map(lambda x: jnp.where(is_own(x), x, 0.0), updates)
     updates, inner = optimizer.update(updates, inner, params)
     return updates, (count + 1, inner)
@@ -98,6 +98,13 @@ def value_and_grad(
   row = jax.random.randint(data_key, (length, config.batch_size), 0, stream.train["tokens"].shape[1])
   batches = jax.vmap(sequence.taken, (None, 0, 0))(stream.train, order[number], row), number
 
+  # What the tasks write stands one behind the other: slots in blocks, or an adapter for each.
+  has_adapters = config.memory.placement == "adapters"
+  num_rows = 1 if has_adapters else config.continual.written_rows
+  start = setup.params
+  if has_adapters:
+    start = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), start)
+
   # The inner steps start from slots that are chosen once, so the gradient goes through that choice apart from them.
   opening = lambda memory: _opened(config, setup, stream, memory, order)
   memory, pull, written = jax.vjp(opening, meta_params["memory"], has_aux=True)
@@ -121,14 +128,14 @@ def value_and_grad(
 
   def optimizer(meta_params):
     values = hyperparameters(config, meta_params)
-    block = config.continual.written_rows if _is_new(config) else None
+    block = num_rows if _is_new(config) else None
     return restarting(sft.optimizer(values, options.steps_per_task), options.steps_per_task, block)
 
   problem = metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
   tested = {name: values[order].reshape(-1, *values.shape[2:]) for name, values in stream.test.items()}
   outer = sequence.as_batch(tested), sequence.as_batch(stream.base)
   opened = {**meta_params, "memory": memory}
-  state = metagrad.init(problem, opened, setup.params)
+  state = metagrad.init(problem, opened, start)
   step = metagrad.value_and_grad(problem, config.meta.method, **config_lib.method_options(config))
   out = step(opened, state, batches, outer, run_key)
   is_finite = out.metrics["is_finite"]
@@ -154,7 +161,7 @@ def _opened(
     model = setup.merge((setup.params, carry["held"]))
     for number, pool in enumerate(order):
       for place, found in enumerate(model.memories()):
-        rows = continual.memory.block(found.num_slots, config.continual.written_rows, number)
+        rows = continual.memory.block(found, config.continual.written_rows, number)
         continual.memory.place(model, place, rows, sequence.task_rows(stream, pool))
     carry = {"held": nnx.state(model, continual.memory.HELD)}
   elif config.continual.write_rule == "sparse":
@@ -170,6 +177,8 @@ def _as_of(setup: continual.Setup, weights: Any, number: jax.Array | int, num_ro
   model = setup.merge(weights)
   for memory in model.memories():
     slot = jnp.arange(memory.num_slots)
-    is_there = (slot // num_rows <= number) | (slot >= continual.memory.num_in_blocks(memory.num_slots, num_rows))
+    is_there = (slot // num_rows <= number) | (slot >= continual.memory.num_in_blocks(memory, num_rows))
     memory.keys[...] = jnp.where(is_there[:, None], memory.keys[...], 0.0)
+  if model.adapters is not None:
+    model.adapters.hold(number)
   return nnx.state(model, models.MemoryWrite), nnx.state(model, continual.memory.HELD)

@@ -15,9 +15,13 @@ _NUM_EXAMPLES = 3  # that are shown of a slot
 
 
 def changed(params: Any, held: Any) -> np.ndarray:
-  """Slots whose values the first run has changed since its last `fold`, of its first memory; ascending."""
-  delta, written = (np.asarray(_leaf(tree, name))[0] for tree, name in ((params, "delta"), (held, "written")))
-  return written[np.any(delta != 0, axis=-1)]
+  """Slots whose values the first run has changed since its last `fold`, of its first memory; ascending.
+
+  All that are open, where what is written is an adapter.
+  """
+  written = np.asarray(_leaf(held, "written"))[0]
+  delta = _leaf(params, "delta")
+  return written if delta is None else written[np.any(np.asarray(delta)[0] != 0, axis=-1)]
 
 
 def view(
@@ -80,8 +84,8 @@ def _nearest(model: Any, memory: Any, batch: Any, slot: int, tokenizer: Any) -> 
 
 
 def _leaf(tree: Any, name: str) -> Any:
-  """The first array of this name in a state."""
+  """The first array of this name in a state, None if there is none."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     if name in lora.names_of(path):
       return leaf
-  raise KeyError(name)
+  return None

@@ -77,8 +77,9 @@ def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> N
   Raises:
     InputError: sizes, layers or options that do not go together.
   """
-  options = config.memory
+  options, block_size = config.memory, config.continual.written_rows
   if options.num_slots:
+    has_adapters = options.placement == "adapters"
     rngs = nnx.Rngs(config.seed + 1)
     memories = [
       models.Memory(
@@ -92,11 +93,20 @@ def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> N
         options.temperature,
         options.qk_norm,
         options.null_cosine,
+        model.config.context_dim if options.context else 0,
+        options.num_shared,
+        not has_adapters,
         rngs=rngs,
       )
       for _ in range(1 if options.shared else len(options.layers))
     ]
-    model.attach_memory(memories[0] if options.shared else memories, tuple(options.layers), options.placement)
+    adapters = None
+    if has_adapters:
+      num_blocks = (options.num_slots - options.num_shared) // block_size
+      adapters = models.Adapters(
+        model.layers, num_blocks, block_size, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs
+      )
+    model.attach_memory(memories[0] if options.shared else memories, tuple(options.layers), options.placement, adapters)
 
 
 def attach_lora(model: models.Decoder, config: ml_collections.ConfigDict) -> None:
@@ -116,6 +126,8 @@ def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
     InputError: the model does not load, or the config names no source or no ability to train it with.
   """
   config_lib.need_sources(config)
+  if config.memory.num_slots and config.memory.placement == "adapters":
+    raise errors.InputError("config.memory.placement = 'adapters' is for sequences of tasks: experiments.continual.")
   model, tokenizer = load_model(config)
   attach_memory(model, config)
   if config.lora.rank:

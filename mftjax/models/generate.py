@@ -29,7 +29,7 @@ def _decode(graphdef, state, tokens, segment_ids, num_slots, max_new_tokens, eos
   total = length + num_slots
   num_padding = jnp.sum(segment_ids == 0, axis=1, keepdims=True)
   is_prompt = jnp.pad(segment_ids > 0, ((0, 0), (0, num_slots)), constant_values=True)  # [batch, total]
-  shape = (config.num_layers, batch, total, config.num_kv_heads, config.head_dim)
+  shape = (model.cache_layers, batch, total, config.num_kv_heads, config.head_dim)
   cache = (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
   def next_logits(tokens, cache, index):

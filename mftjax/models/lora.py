@@ -32,13 +32,7 @@ def add(model: Decoder, rank: int, alpha: float, targets: Sequence[str], *, rngs
 
   Source: LoRA (Hu et al., 2021), Section 4.1.
   """
-  if rank < 1:
-    raise InputError(f"LoRA rank = {rank} must be at least 1.")
-  if not targets:
-    raise InputError(f"LoRA needs one target or more of: {', '.join(TARGETS)}.")
-  for target in targets:
-    if target not in TARGETS:
-      raise unknown_name("LoRA target", target, TARGETS)
+  check(rank, targets)
   if adapted(model):
     raise InputError(f"The model has LoRA on {', '.join(adapted(model))} already; merge that first.")
   for target in dict.fromkeys(targets):
@@ -49,10 +43,26 @@ def add(model: Decoder, rank: int, alpha: float, targets: Sequence[str], *, rngs
   model.layers.lora_scale = alpha / rank
 
 
+def check(rank: int, targets: Sequence[str]) -> None:
+  """Raise `InputError` if the rank or the targets are not to be had."""
+  if rank < 1:
+    raise InputError(f"LoRA rank = {rank} must be at least 1.")
+  if not targets:
+    raise InputError(f"LoRA needs one target or more of: {', '.join(TARGETS)}.")
+  for target in targets:
+    if target not in TARGETS:
+      raise unknown_name("LoRA target", target, TARGETS)
+
+
 def draw_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """A new A `[..., in, rank]`, f32, uniform within +- sqrt(1 / in)."""
   bound = shape[-2] ** -0.5
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def is_a(name: str) -> bool:
+  """Whether an array of this name is an A, whose last axis is the rank; a B's is the one before."""
+  return name.endswith("_lora_a")
 
 
 def is_b(path: Sequence[Any]) -> bool:

@@ -30,7 +30,8 @@ class WrittenSlots(nnx.Variable):
 class Memory(nnx.Module):
   """`hidden + sum over heads of gate_h softmax(q_h keys_h / (sqrt(key_dim) temperature_h)) values`.
 
-  Here q = rms_norm(hidden) W + b, with b = 0 when new, and gate = 2 sigmoid(rms_norm(hidden) G), or 1 when not `gated`.
+  Here q = x W + b, with b = 0 when new, and gate = 2 sigmoid(x G), or 1 when not `gated`; x is rms_norm(hidden), and,
+  with a `context_dim`, rms_norm(context) behind it: what came before a token tells its task better than it does.
   The values start at zero, so a new memory is exactly the identity; all else gets a gradient once they have moved.
 
   Args:
@@ -47,6 +48,9 @@ class Memory(nnx.Module):
     null_cosine: with a value above 0 what a head reads is multiplied by sigmoid((s - n) / t) for the score s of its
       best slot: a query that no key is near reads nothing. The score n is that of this cosine when new, and t is
       `temperature`; each head learns its own two.
+    context_dim: width of the context that a read is given behind the hidden state; 0 = none.
+    num_shared: the last so many slots are no task's own: only the outer loop writes them.
+    has_values: without, the memory is only addressed, as `Adapters` do: it has no `values`, and nothing to `read`.
     rngs: its `params` stream draws keys and queries.
 
   Raises:
@@ -68,6 +72,9 @@ class Memory(nnx.Module):
     temperature: float = 1.0,
     qk_norm: bool = False,
     null_cosine: float = 0.0,
+    context_dim: int = 0,
+    num_shared: int = 0,
+    has_values: bool = True,
     *,
     rngs: nnx.Rngs,
   ):
@@ -76,6 +83,10 @@ class Memory(nnx.Module):
         raise InputError(f"Memory {name} = {value} must be at least 1.")
     if top_k is not None and not 1 <= top_k <= num_slots:
       raise InputError(f"Memory top_k = {top_k} must lie in 1 .. num_slots = {num_slots}.")
+    if not 0 <= num_shared <= num_slots:
+      raise InputError(f"Memory num_shared = {num_shared} must lie in 0 .. num_slots = {num_slots}.")
+    if context_dim < 0:
+      raise InputError(f"Memory context_dim = {context_dim} must be at least 0.")
     if not 0 < temperature < math.inf:
       raise InputError(f"Memory temperature = {temperature} must be above 0 and finite.")
     if not 0 <= null_cosine < 1 or (null_cosine and not qk_norm):
@@ -84,7 +95,9 @@ class Memory(nnx.Module):
       raise InputError("Memory qk_norm needs whole keys: not with product_keys.")
     self.num_slots, self.dim, self.key_dim, self.num_heads = num_slots, dim, key_dim, num_heads
     self.top_k, self.product_keys, self.gated, self.qk_norm = top_k, product_keys, gated, qk_norm
-    self.null_cosine = null_cosine
+    self.null_cosine, self.context_dim = null_cosine, context_dim
+    self.num_shared, self.has_values = num_shared, has_values
+    input_dim = dim + context_dim
     key_shape: tuple[int, ...] = (num_heads, num_slots, key_dim)
     if product_keys:
       side = math.isqrt(num_slots)
@@ -94,68 +107,87 @@ class Memory(nnx.Module):
           f"given num_slots = {num_slots}, key_dim = {key_dim}, top_k = {top_k}."
         )
       key_shape = (2, num_heads, side, key_dim // 2)
-    query = jax.random.normal(rngs.params(), (dim, num_heads, key_dim)) * dim**-0.5
+    query = jax.random.normal(rngs.params(), (input_dim, num_heads, key_dim)) * input_dim**-0.5
     self.query = MemoryParam(query)
     self.query_bias = MemoryParam(jnp.zeros((num_heads, key_dim)))
     self.keys = MemoryParam(jax.random.normal(rngs.params(), key_shape))
-    self.values = MemoryParam(jnp.zeros((num_slots, dim)))
+    if has_values:
+      self.values = MemoryParam(jnp.zeros((num_slots, dim)))
     self.log_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
     if null_cosine:
       self.null_score = MemoryParam(jnp.full(num_heads, null_cosine * key_dim**0.5))
       self.log_null_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
     if gated:
-      self.gate = MemoryParam(jnp.zeros((dim, num_heads)))
+      self.gate = MemoryParam(jnp.zeros((input_dim, num_heads)))
     self.delta: MemoryWrite | None = nnx.data(None)
     self.written: WrittenSlots | None = nnx.data(None)
 
-  def __call__(self, hidden: jax.Array) -> jax.Array:
+  def __call__(self, inputs: jax.Array) -> jax.Array:
     """`[..., dim]` hidden states with what the memory holds for them added; scores are computed in f32 or better."""
-    return hidden + self.read(hidden)
+    return inputs[..., : self.dim] + self.read(inputs)
 
-  def read(self, hidden: jax.Array) -> jax.Array:
-    """`[..., dim]` what the memory holds for `[..., dim]` hidden states: the sum over heads and slots."""
-    slots, weights = self._lookup(hidden)
+  def read(self, inputs: jax.Array) -> jax.Array:
+    """`[..., dim]` what the memory holds for its inputs: the sum over heads and slots.
+
+    Args:
+      inputs: `[..., dim + context_dim]` hidden states, each with its context behind it; so below.
+    """
+    slots, weights = self._lookup(inputs)
     rows = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)  # [tokens, heads * k]
     read = self._read_all(jnp.sum(weights, axis=0)) if slots is None else self._read_rows(rows(weights), rows(slots))
-    return read.astype(hidden.dtype).reshape(hidden.shape)
+    return read.astype(inputs.dtype).reshape(*inputs.shape[:-1], self.dim)
 
-  def lookup(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def lookup(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The slots that each token reads, and how much of each.
 
     Args:
-      hidden: `[..., dim]`.
+      inputs: as of `read`.
 
     Returns:
       slots `[..., num_heads, k]` int32, best first, and their weights `[..., num_heads, k]` f32 (f64 in f64), gate
       included; k is `top_k`. Without `top_k` it is every slot in its own order. The read is the sum of weights *
       values[slots].
     """
-    slots, weights = self._lookup(hidden)
+    slots, weights = self._lookup(inputs)
     if slots is None:
       slots = jnp.broadcast_to(jnp.arange(self.num_slots, dtype=jnp.int32), weights.shape)
-    shaped = lambda x: jnp.moveaxis(x, 0, 1).reshape(*hidden.shape[:-1], self.num_heads, -1)
+    shaped = lambda x: jnp.moveaxis(x, 0, 1).reshape(*inputs.shape[:-1], self.num_heads, -1)
     return shaped(slots), shaped(weights)
 
-  def queries(self, hidden: jax.Array) -> jax.Array:
-    """`[num_heads, tokens, key_dim]` queries of `[..., dim]` hidden states, before they are scaled."""
-    return jnp.einsum("nd,dhk->hnk", self.normed(hidden), self.query[...]) + self.query_bias[...][:, None]
+  def queries(self, inputs: jax.Array) -> jax.Array:
+    """`[num_heads, tokens, key_dim]` queries of the inputs, before they are scaled."""
+    return jnp.einsum("nd,dhk->hnk", self.normed(inputs), self.query[...]) + self.query_bias[...][:, None]
 
-  def usage(self, hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  def usage(self, inputs: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """How often each slot is read.
 
     Args:
-      hidden: `[..., dim]`.
+      inputs: as of `read`.
       mask: `[...]` tokens that count; all when left out.
 
     Returns:
       `[num_slots]` f32 number of reads, over tokens and heads. Without `top_k` each read is of every slot.
     """
-    slots, _ = self._lookup(hidden)
-    tokens = jnp.ones(hidden.shape[:-1]) if mask is None else jnp.asarray(mask)
+    slots, _ = self._lookup(inputs)
+    tokens = jnp.ones(inputs.shape[:-1]) if mask is None else jnp.asarray(mask)
     tokens = tokens.reshape(-1).astype(jnp.float32)
     if slots is None:
       return jnp.full(self.num_slots, self.num_heads * jnp.sum(tokens))
     return jnp.zeros(self.num_slots).at[slots].add(tokens[None, :, None])
+
+  def block_weights(self, inputs: jax.Array, size: int, num_blocks: int) -> jax.Array:
+    """`[..., num_blocks]` part of what each token reads that falls on the first so many blocks of `size` slots.
+
+    The mean over the heads, f32 (f64 in f64).
+    """
+    slots, weights = self._lookup(inputs)
+    if slots is None:
+      blocks = weights[..., : size * num_blocks].reshape(*weights.shape[:2], num_blocks, size).sum(axis=(0, 3))
+    else:
+      token = jnp.arange(weights.shape[1])[None, :, None]
+      blocks = jnp.zeros((weights.shape[1], num_blocks), weights.dtype)
+      blocks = blocks.at[token, slots // size].add(weights, mode="drop")  # slots behind the last block are in none
+    return (blocks / self.num_heads).reshape(*inputs.shape[:-1], num_blocks)
 
   def open(self, num_rows: int) -> None:
     """Makes the first slots writable: from now on a read of slot `written[i]` gives `values + delta[i]`.
@@ -169,7 +201,8 @@ class Memory(nnx.Module):
     if not 1 <= num_rows <= self.num_slots:
       raise InputError(f"Memory num_rows = {num_rows} must lie in 1 .. num_slots = {self.num_slots}.")
     self.fold()
-    self.delta = MemoryWrite(jnp.zeros((num_rows, self.dim)))
+    if self.has_values:
+      self.delta = MemoryWrite(jnp.zeros((num_rows, self.dim)))
     self.written = WrittenSlots(jnp.arange(num_rows, dtype=jnp.int32))
 
   def fold(self) -> None:
@@ -177,13 +210,15 @@ class Memory(nnx.Module):
     if self.delta is not None and self.written is not None:
       self.values[...], self.delta[...] = fold(self.values[...], self.written[...], self.delta[...])
 
-  def normed(self, hidden: jax.Array) -> jax.Array:
-    """`[tokens, dim]` of `[..., dim]` hidden states, each of root mean square 1, in f32 or better."""
-    return rms_normed(hidden.astype(at_least_f32(hidden.dtype)).reshape(-1, self.dim))
+  def normed(self, inputs: jax.Array) -> jax.Array:
+    """`[tokens, dim + context_dim]` inputs, state and context each of root mean square 1, in f32 or better."""
+    flat = inputs.astype(at_least_f32(inputs.dtype)).reshape(-1, self.dim + self.context_dim)
+    parts = [flat[:, : self.dim], flat[:, self.dim :]] if self.context_dim else [flat]
+    return jnp.concatenate([rms_normed(part) for part in parts], axis=-1)
 
-  def _lookup(self, hidden: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+  def _lookup(self, inputs: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     """Slots (None = all of them) and weights, each `[num_heads, tokens, k]`: heads first is what products like."""
-    query = self.queries(hidden)
+    query = self.queries(inputs)
     query = (rms_normed(query) if self.qk_norm else query) * self.key_dim**-0.5
     slots = None
     if self.product_keys and self.top_k:
@@ -199,7 +234,7 @@ class Memory(nnx.Module):
       above = jnp.max(scores, axis=-1, keepdims=True) - of_head(self.null_score)
       weights *= jax.nn.sigmoid(above * jnp.exp(-of_head(self.log_null_temperature)))
     if self.gated:
-      weights *= 2 * jax.nn.sigmoid(self.normed(hidden) @ self.gate[...]).T[:, :, None]
+      weights *= 2 * jax.nn.sigmoid(self.normed(inputs) @ self.gate[...]).T[:, :, None]
     return slots, weights
 
   def _best_pairs(self, query: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,8 @@ from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
 from mftjax.models import gguf_tokenizer, lora, slots
-from mftjax.models.decoder import FAMILIES, Decoder, DecoderConfig, layer_shapes
+from mftjax.models.decoder import Decoder
+from mftjax.models.layers import FAMILIES, DecoderConfig, layer_shapes
 from mftjax.models.memory import Memory
 
 # our name of a layer's parameter -> name in transformers, name in GGUF
@@ -47,6 +48,8 @@ MEMORY_SETTINGS = (
   "gated",
   "qk_norm",
   "null_cosine",
+  "context_dim",
+  "num_shared",
 )
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -317,6 +320,8 @@ def _config_from_gguf(fields: Mapping[str, Any], tensors: Mapping, dtype: Any, w
 
 def _save_memory(model: Decoder, file: Path) -> None:
   memories = model.memories()
+  if model.adapters is not None:
+    raise InputError("A memory with adapters in its slots cannot be saved as a pretrained model.")
   settings: list[dict[str, Any]] = []
   tensors: dict[str, np.ndarray] = {}
   for number, memory in enumerate(nnx.clone(memories)):

@@ -52,9 +52,9 @@ def num_open(memory: Memory) -> int:
   Raises:
     InputError: none.
   """
-  if memory.delta is None:
+  if memory.written is None:
     raise InputError("The memory is open to no slot: call its `open(num_rows)` first.")
-  return len(memory.delta)
+  return len(memory.written)
 
 
 def open_at(memory: Memory, rows: jax.Array) -> None:

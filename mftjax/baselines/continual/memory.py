@@ -15,9 +15,13 @@ from flax import nnx
 
 from mftjax import sft
 from mftjax.baselines.continual.method import Method, Setup
-from mftjax.models import MemoryParam, WrittenSlots, slots
+from mftjax.models import Memory, MemoryParam, StoredAdapters, WrittenSlots, slots
 
-HELD = (MemoryParam, WrittenSlots)  # what a run has of a memory beside what is trained, its `MemoryWrite`
+HELD = (
+  MemoryParam,
+  WrittenSlots,
+  StoredAdapters,
+)  # what a run has of a memory beside what is trained, its `MemoryWrite`
 
 
 def usages(setup: Setup, weights, rows, masks, num_parts: int = 1):
@@ -53,32 +57,39 @@ def allocate(setup: Setup, params, carry, task, values, key):
   """
   model = setup.merge((params, carry["held"]))
   for number, memory in enumerate(model.memories()):
-    rows = block(memory.num_slots, slots.num_open(memory), task.number)
+    rows = block(memory, slots.num_open(memory), task.number)
     slots.open_at(memory, rows)
     place(model, number, rows, task.rows)
+  if model.adapters is not None:
+    model.adapters.open(task.number % model.adapters.num_blocks)
   return params, {**carry, "held": nnx.state(model, HELD)}
 
 
-def block(num_slots: int, num_rows: int, number):
+def block(memory: Memory, num_rows: int, number):
   """`[num_rows]` int32 slots of a task's own block."""
-  return (number % max(num_slots // num_rows, 1)) * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+  return (number % max(num_in_blocks(memory, num_rows) // num_rows, 1)) * num_rows + jnp.arange(
+    num_rows, dtype=jnp.int32
+  )
 
 
-def num_in_blocks(num_slots: int, num_rows: int) -> int:
+def num_in_blocks(memory: Memory, num_rows: int) -> int:
   """Slots that stand in blocks of `num_rows`; those behind them are no task's, and only the outer loop writes them."""
-  return num_slots // num_rows * num_rows
+  return (memory.num_slots - memory.num_shared) // num_rows * num_rows
 
 
 def place(model, number: int, rows, batch) -> None:
-  """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch."""
+  """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch.
+
+  Adapters work on all tokens: then it is the queries of all of them.
+  """
   memory = model.memories()[number]
   if batch.states is not None:
     inputs = [model.last_memory_input(batch.states)]
   else:
     inputs = model.memory_inputs(batch.tokens, batch.segment_ids, batch.positions)
   own = [x for x, layer in zip(inputs, model.memory_layers, strict=True) if model.memory_of(layer) is memory]
-  answering = jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1)))
-  slots.place(memory, rows, jnp.stack(own), jnp.stack([answering] * len(own)))
+  mask = jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1))) if model.adapters is None else batch.segment_ids
+  slots.place(memory, rows, jnp.stack(own), jnp.stack([mask] * len(own)))
 
 
 def fold(setup: Setup, params, carry, task, values):
@@ -86,6 +97,8 @@ def fold(setup: Setup, params, carry, task, values):
   model = setup.merge((params, carry["held"]))
   for memory in model.memories():
     memory.fold()
+  if model.adapters is not None:
+    model.adapters.fold()
   return jax.tree.map(jnp.zeros_like, params), {**carry, "held": nnx.state(model, HELD)}
 
 

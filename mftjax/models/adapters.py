@@ -1,0 +1,114 @@
+"""Low-rank adapters that stand in the slots of a memory: a token's reads say how much of each its layers use."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mftjax.errors import InputError
+from mftjax.models import lora
+from mftjax.models.layers import Layers
+from mftjax.models.memory import Memory, MemoryParam, MemoryWrite, WrittenSlots
+
+NO_BLOCK = -1
+
+
+class StoredAdapters(nnx.Variable):
+  """What earlier tasks have written: `[num_layers, ...]` f32, all blocks' ranks side by side."""
+
+
+class Adapters(nnx.Module):
+  """`W x + alpha / rank * sum over blocks b of g_b B_b A_b x` in place of `W x`, in every layer.
+
+  A block is a run of `block_size` slots of a memory, and `g_b` the part of a token's reads that fall on it, so that a
+  token whose queries are near no key of a block is computed as if that block were not there. The block that is open is
+  trained: it starts as `start` says, the same for all blocks, and `change` is added to that.
+
+  Args:
+    layers: of the model, for the shapes.
+    num_blocks, block_size: at least 1.
+    rank, alpha, targets: as of `lora.add`, of each block.
+    rngs: its `params` stream draws where A starts; B starts at zero.
+
+  Raises:
+    InputError: sizes or targets out of range.
+
+  Source: LoRA (Hu et al., 2021), Section 4.1; adapters in a pool that a query on the frozen model chooses from:
+  Learning to Prompt for Continual Learning (Wang et al., 2022), Section 4.2, there of prompts.
+  """
+
+  def __init__(
+    self,
+    layers: Layers,
+    num_blocks: int,
+    block_size: int,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    *,
+    rngs: nnx.Rngs,
+  ):
+    if num_blocks < 1 or block_size < 1:
+      raise InputError(f"Adapters need a block of slots or more: num_blocks = {num_blocks}, block_size = {block_size}.")
+    lora.check(rank, targets)
+    self.num_blocks, self.block_size, self.rank, self.scale = num_blocks, block_size, rank, alpha / rank
+    self.start: Any = nnx.Dict()  # by names as of `lora.add`
+    self.change: Any = nnx.Dict()
+    self.stored: Any = nnx.Dict()
+    for target in dict.fromkeys(targets):
+      num_layers, size_in, size_out = getattr(layers, target).shape
+      a, b = lora.draw_a(rngs.params(), (num_layers, size_in, rank)), jnp.zeros((num_layers, rank, size_out))
+      for name, value in {f"{target}_lora_a": a, f"{target}_lora_b": b}.items():
+        self.start[name], self.change[name] = MemoryParam(value), MemoryWrite(jnp.zeros_like(value))
+        self.stored[name] = StoredAdapters(jnp.zeros_like(self._repeated(name, value)))
+    self.block = WrittenSlots(jnp.int32(NO_BLOCK))  # that is open
+
+  def open(self, block: jax.Array | int) -> None:
+    """Opens a block, in place, with what it held before left out; the last one must be folded."""
+    self.block[...] = jnp.int32(block)
+
+  def fold(self) -> None:
+    """Stores what was written into the open block, in place, and opens none."""
+    for name, value in self.arrays().items():
+      self.stored[name][...] = value
+      self.change[name][...] = jnp.zeros_like(self.change[name][...])
+    self.block[...] = jnp.int32(NO_BLOCK)
+
+  def hold(self, last: jax.Array | int) -> None:
+    """Stores what each of the first blocks was written, in place, when `change` has all of theirs side by side.
+
+    Args:
+      last: the blocks behind this one hold nothing yet.
+    """
+    for name, stored in self.stored.items():
+      own = self.start[name][...] + self.change[name][...]  # [n, num_layers, ...]
+      count, axis = len(own), 2 if lora.is_a(name) else 1
+      own = jnp.where((jnp.arange(count) <= last).reshape(-1, 1, 1, 1), own, 0.0)
+      joined = jax.lax.collapse(jnp.moveaxis(own, 0, axis), axis, axis + 2)
+      is_there = jnp.arange(self.num_blocks * self.rank) < count * self.rank
+      padding = [(0, 0)] * 3
+      padding[axis] = (0, stored.shape[axis] - joined.shape[axis])
+      is_there = is_there if lora.is_a(name) else is_there[:, None]
+      stored[...] = jnp.where(is_there, jnp.pad(joined, padding), stored[...])
+      self.change[name] = MemoryWrite(jnp.zeros_like(self.start[name][...]))  # of one block again
+    self.block[...] = jnp.int32(NO_BLOCK)
+
+  def arrays(self) -> dict[str, jax.Array]:
+    """The adapters as layers read them: `<target>_lora_a` `[num_layers, in, num_blocks * rank]`, and `_lora_b`."""
+    is_open = jnp.repeat(jnp.arange(self.num_blocks) == self.block[...], self.rank)
+    found = {}
+    for name, stored in self.stored.items():
+      own = self._repeated(name, self.start[name][...] + self.change[name][...])
+      found[name] = jnp.where(is_open if lora.is_a(name) else is_open[:, None], own, stored[...])
+    return found
+
+  def scales(self, memory: Memory, inputs: jax.Array) -> jax.Array:
+    """`[..., num_blocks * rank]` what each token's adapters are multiplied by, of the memory's inputs for it."""
+    weights = memory.block_weights(inputs, self.block_size, self.num_blocks)
+    return jnp.repeat(self.scale * weights, self.rank, axis=-1)
+
+  def _repeated(self, name: str, block: jax.Array) -> jax.Array:
+    """One block's array, as often along its ranks as there are blocks."""
+    return jnp.tile(block, (1, 1, self.num_blocks) if lora.is_a(name) else (1, self.num_blocks, 1))
