@@ -2,8 +2,9 @@
 
 python -m experiments.continual --config=configs/continual.py:small --workdir=runs/continual
 
-Variants: `small`, a memory whose slots hold adapters; `facts`, the same with eight tasks of facts alone, as many as
-there are names for; `values`, a memory whose slots hold values that the last layer reads; `tiny`, that for tests.
+Variants: `small`, a memory whose slots hold adapters against six other methods; `full`, all methods and a longer
+meta-training; `facts`, likewise on eight tasks of facts alone, as many as there are names for; `values`, a memory whose
+slots hold values that the last layer reads; `tiny`, that for tests.
 """
 
 from mftjax import config as config_lib
@@ -66,15 +67,26 @@ def get_config(variant="small"):
     config.retention.base_rows = 4
     config.retention.written_rows = 16
     config.checkpoint_every = 3
-  elif variant in ("small", "facts"):
+  elif variant in ("small", "full", "facts"):
     config.memory.update(placement="adapters", context=True, num_shared=2000, num_slots=10 * 80 + 2000)
     config.memory.update(num_heads=1, key_dim=96, temperature=0.2, null_cosine=0.0)
     config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
     config.continual.memory_learning_rates = config.continual.lora_learning_rates
     config.continual.base_rows = 512
     config.retention.learning_rate = 0.003
+    if variant == "small":
+      config.continual.methods = (
+        "sequential LoRA",
+        "EWC",
+        "O-LoRA",
+        "replay 5 %",
+        "joint",
+        "memory",
+        "memory, meta-learned",
+      )
+      config.retention.outer_steps = 30
     if variant == "facts":
       config.continual.kinds = ("facts",) * 8
   elif variant != "values":
-    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, facts, values, tiny.")
+    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, full, facts, values, tiny.")
   return config
