@@ -53,7 +53,7 @@ class Setting:
           slots.whiten(memory, states[number], rows.segment_ids > 0)
         if memory.num_shared:
           shared = jnp.arange(memory.num_slots - memory.num_shared, memory.num_slots)
-          methods_lib.memory.place(model, number, shared, rows)
+          methods_lib.memory.place(model, number, shared, rows, states)
         memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))
     parts: Any = nnx.split(model, _TRAINED[trained], methods_lib.memory.HELD, ...)
     graphdef, params, held, frozen = parts

@@ -102,7 +102,7 @@ def attach_memory(model: models.Decoder, config: ml_collections.ConfigDict) -> N
     ]
     adapters = None
     if has_adapters:
-      num_blocks = (options.num_slots - options.num_shared) // block_size
+      num_blocks = memories[0].num_blocks(block_size)
       adapters = models.Adapters(
         model.layers, num_blocks, block_size, config.lora.rank, config.lora.alpha, tuple(config.lora.targets), rngs=rngs
       )

@@ -16,7 +16,7 @@ NO_BLOCK = -1
 
 
 class StoredAdapters(nnx.Variable):
-  """What earlier tasks have written: `[num_layers, ...]` f32, all blocks' ranks side by side."""
+  """What earlier tasks have written: `[num_blocks, num_layers, ...]` f32."""
 
 
 class Adapters(nnx.Module):
@@ -62,7 +62,7 @@ class Adapters(nnx.Module):
       a, b = lora.draw_a(rngs.params(), (num_layers, size_in, rank)), jnp.zeros((num_layers, rank, size_out))
       for name, value in {f"{target}_lora_a": a, f"{target}_lora_b": b}.items():
         self.start[name], self.change[name] = MemoryParam(value), MemoryWrite(jnp.zeros_like(value))
-        self.stored[name] = StoredAdapters(jnp.zeros_like(self._repeated(name, value)))
+        self.stored[name] = StoredAdapters(jnp.zeros((num_blocks, *value.shape), value.dtype))
     self.block = WrittenSlots(jnp.int32(NO_BLOCK))  # that is open
 
   def open(self, block: jax.Array | int) -> None:
@@ -71,37 +71,30 @@ class Adapters(nnx.Module):
 
   def fold(self) -> None:
     """Stores what was written into the open block, in place, and opens none."""
-    for name, value in self.arrays().items():
-      self.stored[name][...] = value
+    for name, stored in self.stored.items():
+      stored[...] = self._blocks(name)
       self.change[name][...] = jnp.zeros_like(self.change[name][...])
     self.block[...] = jnp.int32(NO_BLOCK)
 
   def hold(self, last: jax.Array | int) -> None:
-    """Stores what each of the first blocks was written, in place, when `change` has all of theirs side by side.
+    """Stores what each of the first blocks was written, in place, when `change` is `[n, num_layers, ...]` of theirs.
 
     Args:
       last: the blocks behind this one hold nothing yet.
     """
     for name, stored in self.stored.items():
-      own = self.start[name][...] + self.change[name][...]  # [n, num_layers, ...]
-      count, axis = len(own), 2 if lora.is_a(name) else 1
-      own = jnp.where((jnp.arange(count) <= last).reshape(-1, 1, 1, 1), own, 0.0)
-      joined = jax.lax.collapse(jnp.moveaxis(own, 0, axis), axis, axis + 2)
-      is_there = jnp.arange(self.num_blocks * self.rank) < count * self.rank
-      padding = [(0, 0)] * 3
-      padding[axis] = (0, stored.shape[axis] - joined.shape[axis])
-      is_there = is_there if lora.is_a(name) else is_there[:, None]
-      stored[...] = jnp.where(is_there, jnp.pad(joined, padding), stored[...])
+      own = self.start[name][...] + self.change[name][...]
+      is_there = jnp.arange(len(own)) <= last
+      stored[...] = stored[...].at[: len(own)].set(jnp.where(is_there.reshape(-1, 1, 1, 1), own, 0.0))
       self.change[name] = MemoryWrite(jnp.zeros_like(self.start[name][...]))  # of one block again
     self.block[...] = jnp.int32(NO_BLOCK)
 
   def arrays(self) -> dict[str, jax.Array]:
     """The adapters as layers read them: `<target>_lora_a` `[num_layers, in, num_blocks * rank]`, and `_lora_b`."""
-    is_open = jnp.repeat(jnp.arange(self.num_blocks) == self.block[...], self.rank)
     found = {}
-    for name, stored in self.stored.items():
-      own = self._repeated(name, self.start[name][...] + self.change[name][...])
-      found[name] = jnp.where(is_open if lora.is_a(name) else is_open[:, None], own, stored[...])
+    for name in self.stored:
+      axis = 2 if lora.is_a(name) else 1  # the rank's, without the blocks
+      found[name] = jax.lax.collapse(jnp.moveaxis(self._blocks(name), 0, axis), axis, axis + 2)
     return found
 
   def scales(self, memory: Memory, inputs: jax.Array) -> jax.Array:
@@ -109,6 +102,7 @@ class Adapters(nnx.Module):
     weights = memory.block_weights(inputs, self.block_size, self.num_blocks)
     return jnp.repeat(self.scale * weights, self.rank, axis=-1)
 
-  def _repeated(self, name: str, block: jax.Array) -> jax.Array:
-    """One block's array, as often along its ranks as there are blocks."""
-    return jnp.tile(block, (1, 1, self.num_blocks) if lora.is_a(name) else (1, self.num_blocks, 1))
+  def _blocks(self, name: str) -> jax.Array:
+    """`[num_blocks, num_layers, ...]` of what is stored, and of the open block as it is trained."""
+    is_open = (jnp.arange(self.num_blocks) == self.block[...]).reshape(-1, 1, 1, 1)
+    return jnp.where(is_open, self.start[name][...] + self.change[name][...], self.stored[name][...])

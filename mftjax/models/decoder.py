@@ -3,13 +3,15 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
+from mftjax.models import lora
+from mftjax.models.adapters import Adapters
 from mftjax.models.attention import ATTENTION
 from mftjax.models.layers import (
   Attend,
@@ -25,9 +27,6 @@ from mftjax.models.layers import (
 )
 from mftjax.models.memory import Memory
 from mftjax.types import at_least_f32
-
-if TYPE_CHECKING:
-  from mftjax.models.adapters import Adapters
 
 # Where a memory's read goes: on the layer's output, beside its MLP or in its place.
 READS = ("after", "beside", "instead")
@@ -66,7 +65,7 @@ class Decoder(nnx.Module):
     memory: Memory | Sequence[Memory],
     layers: Sequence[int],
     placement: str = "after",
-    adapters: "Adapters | None" = None,
+    adapters: Adapters | None = None,
   ) -> None:
     """Has these layers read a memory; a new one leaves the logits as they were, unless it stands for an MLP.
 
@@ -81,7 +80,7 @@ class Decoder(nnx.Module):
 
     Raises:
       InputError: a layer that does not exist, no layer, another width, another number of memories than of layers, an
-        unknown placement, or a memory that is attached already.
+        unknown placement, a memory that is attached already, or adapters that go with none of it.
     """
     if self.memory is not None:
       raise InputError("The decoder has a memory already; attach one memory, to all of its layers at once.")
@@ -98,6 +97,10 @@ class Decoder(nnx.Module):
           f"Memory of context_dim {one.context_dim}, placed {placement!r}: a decoder gives contexts of "
           f"{self.config.context_dim} to a memory that is not placed after its layer."
         )
+    if (placement == "adapters") != (adapters is not None):
+      raise InputError(f"Memory placed {placement!r}: adapters go with the placement 'adapters' alone.")
+    if adapters is not None and (len(set(layers)) > 1 or lora.adapted(self)):
+      raise InputError("A memory with adapters is read in one layer, of a model without another LoRA.")
     if isinstance(memory, Memory):
       self.memory, self.memory_layers = memory, tuple(sorted(set(layers)))
     else:
@@ -106,10 +109,6 @@ class Decoder(nnx.Module):
       order = sorted(range(len(layers)), key=lambda place: layers[place])
       self.memory = nnx.List([memories[place] for place in order])
       self.memory_layers = tuple(layers[place] for place in order)
-    if (placement == "adapters") != (adapters is not None):
-      raise InputError(f"Memory placed {placement!r}: adapters go with the placement 'adapters' alone.")
-    if adapters is not None and (len(self.memory_layers) > 1 or "lora" in " ".join(self.layers.arrays())):
-      raise InputError("A memory with adapters is read in one layer, of a model without another LoRA.")
     self.memory_placement, self.adapters = placement, nnx.data(adapters)
 
   def memories(self) -> list[Memory]:
@@ -168,8 +167,7 @@ class Decoder(nnx.Module):
     body = lambda hidden, params: layer(params, hidden, rope, attend, config, lora_scale)
     hidden, _ = jax.lax.scan(body, hidden, jax.tree.map(lambda x: x[:-1], arrays))
     memory = self.memory_of(config.num_layers - 1)
-    with_context = memory is not None and memory.context_dim > 0
-    return attention_part(self._last_layer(), hidden, rope, attend, config, lora_scale, with_context=with_context)[0]
+    return attention_part(self._last_layer(), hidden, rope, attend, config, lora_scale, memory=memory)[0]
 
   def from_last_mlp(self, states: jax.Array) -> jax.Array:
     """`[..., hidden_size]` last hidden states of states of `before_last_mlp`, the last layer's memory included."""
@@ -192,7 +190,7 @@ class Decoder(nnx.Module):
   ) -> list[jax.Array]:
     """`[batch, length, dim + context_dim]` what each memory layer's memory is read with; arguments as above."""
     inputs: list[jax.Array] = []
-    self.run_layers(*self._inputs(tokens, segment_ids, positions), memory_inputs=inputs)
+    self._run_layers(*self._inputs(tokens, segment_ids, positions), memory_inputs=inputs)
     return inputs
 
   def memory_usage(
@@ -240,23 +238,16 @@ class Decoder(nnx.Module):
     attend: Attend,
     cache: Cache | None = None,
     index: jax.Array | int = 0,
-    memory_inputs: list[jax.Array] | None = None,
   ) -> tuple[jax.Array, Cache | None]:
-    """All layers; arguments as for `layer`.
-
-    Args:
-      cache: of `cache_layers` layers.
-      memory_inputs: a list that gets what each memory layer's memory is read with.
-    """
+    """All layers; arguments as for `layer`, the cache of `cache_layers` layers."""
     run = lambda cache, *more: self._run_layers(hidden, positions, attend, cache, index, *more)
     if self.adapters is None:
-      return run(cache, memory_inputs)
+      return run(cache)
     inputs: list[jax.Array] = []
     parts = [jax.tree.map(lambda x: jnp.split(x, 2)[i], cache) for i in (0, 1)]  # noqa: B023 (used at once)
     _, plain_cache = run(parts[0], inputs)
-    if memory_inputs is not None:
-      memory_inputs += inputs
-    out, own_cache = run(parts[1], None, self.adapters.arrays(), self.adapters.scales(self.memory, inputs[0]))
+    scales = self.adapters.scales(self.memories()[0], inputs[0])
+    out, own_cache = run(parts[1], None, self.adapters.arrays(), scales)
     return out, jax.tree.map(lambda *halves: jnp.concatenate(halves), plain_cache, own_cache)
 
   def _run_layers(
@@ -264,13 +255,18 @@ class Decoder(nnx.Module):
     hidden: jax.Array,
     positions: jax.Array,
     attend: Attend,
-    cache: Cache | None,
-    index: jax.Array | int,
-    memory_inputs: list[jax.Array] | None,
+    cache: Cache | None = None,
+    index: jax.Array | int = 0,
+    memory_inputs: list[jax.Array] | None = None,
     adapters: dict[str, jax.Array] | None = None,
     adapter_scale: jax.Array | float = 0.0,
   ) -> tuple[jax.Array, Cache | None]:
-    """One pass, in one scan for each stretch between two memory layers."""
+    """One pass, in one scan for each stretch between two memory layers.
+
+    Args:
+      memory_inputs: a list that gets what each memory layer's memory is read with.
+      adapters, adapter_scale: in place of the model's own LoRA.
+    """
     config, placement = self.config, self.memory_placement
     arrays, lora_scale = self.layers.arrays(), self.layers.lora_scale
     if adapters is not None:
@@ -298,8 +294,7 @@ class Decoder(nnx.Module):
       stretch = jax.tree.map(lambda x: x[start:stop], (arrays, cache))  # noqa: B023 (used at once)
       if memory is not None and is_alone and memory_inputs is not None:
         params, layer_cache = jax.tree.map(lambda x: x[0], stretch)
-        with_context = memory.context_dim > 0
-        middle, _ = attention_part(params, hidden, rope, attend, config, lora_scale, layer_cache, index, with_context)
+        middle, _ = attention_part(params, hidden, rope, attend, config, lora_scale, layer_cache, index, memory)
         memory_inputs.append(mlp_inputs(params, middle, config))
       hidden, new_cache = jax.lax.scan(run_layer, hidden, stretch)
       if memory is not None and placement == "after":

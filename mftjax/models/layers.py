@@ -191,8 +191,7 @@ def layer(
   Returns:
     The new hidden states and the new cache.
   """
-  with_context = memory is not None and memory.context_dim > 0
-  states, cache = attention_part(params, hidden, rope, attend, config, lora_scale, cache, index, with_context)
+  states, cache = attention_part(params, hidden, rope, attend, config, lora_scale, cache, index, memory)
   return mlp_part(params, states, config, lora_scale, memory, placement), cache
 
 
@@ -205,13 +204,13 @@ def attention_part(
   lora_scale: jax.Array | float,
   cache: Cache | None = None,
   index: jax.Array | int = 0,
-  with_context: bool = False,
+  memory: Memory | None = None,
 ) -> tuple[jax.Array, Cache | None]:
   """The first half of `layer`: hidden states with the attention's output added, and the new cache.
 
   Args:
-    with_context: whether each state has its context behind it, `[..., hidden_size + num_kv_heads head_dim]`: the mean
-      of the layer's values over all that the token sees, which is attention without queries.
+    memory: what the states are for. With a `context_dim` each state has its context behind it, `[..., hidden_size +
+      num_kv_heads head_dim]`: the mean of the layer's values over all that the token sees, attention without queries.
   """
   proj = functools.partial(project, params, lora_scale=lora_scale)
   heads = (*hidden.shape[:2], -1, config.head_dim)
@@ -224,7 +223,7 @@ def attention_part(
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=1)
     cache = (k, v)
   states = hidden + proj("o_proj", attend(q, k, v))
-  if with_context:
+  if memory is not None and memory.context_dim:
     mean = attend(jnp.zeros_like(q[:, :, : v.shape[2]]), k, v)
     states = jnp.concatenate([states, mean.reshape(*states.shape[:2], -1)], axis=-1)
   return states, cache

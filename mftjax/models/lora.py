@@ -1,14 +1,16 @@
 """Low-rank adapters, stacked over the layers like the weights that they adapt."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
-from mftjax.models.decoder import Decoder
+
+if TYPE_CHECKING:  # the decoder looks for adapters itself
+  from mftjax.models.decoder import Decoder
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -17,7 +19,7 @@ class LoRAParam(nnx.Param):
   """A parameter of an adapter, for `nnx.split(model, LoRAParam, ...)`."""
 
 
-def add(model: Decoder, rank: int, alpha: float, targets: Sequence[str], *, rngs: nnx.Rngs) -> None:
+def add(model: "Decoder", rank: int, alpha: float, targets: Sequence[str], *, rngs: nnx.Rngs) -> None:
   """Adds adapters in place: W becomes W + alpha / rank A B, with B zero, so the logits stay as they were.
 
   Args:
@@ -70,7 +72,7 @@ def is_b(path: Sequence[Any]) -> bool:
   return any(name.endswith("_lora_b") for name in names_of(path))
 
 
-def adapted(model: Decoder) -> list[str]:
+def adapted(model: "Decoder") -> list[str]:
   """The targets that have an adapter."""
   return [target for target in TARGETS if hasattr(model.layers, f"{target}_lora_a")]
 
@@ -110,7 +112,7 @@ def names_of(path: Sequence[Any]) -> list[str]:
   return [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
 
 
-def merge(model: Decoder) -> None:
+def merge(model: "Decoder") -> None:
   """Folds the adapters into the weights in place, and removes them; the logits stay the same but for rounding.
 
   Raises:

@@ -189,6 +189,10 @@ class Memory(nnx.Module):
       blocks = blocks.at[token, slots // size].add(weights, mode="drop")  # slots behind the last block are in none
     return (blocks / self.num_heads).reshape(*inputs.shape[:-1], num_blocks)
 
+  def num_blocks(self, size: int) -> int:
+    """Whole blocks of `size` slots that there are before those that are no task's own."""
+    return (self.num_slots - self.num_shared) // size
+
   def open(self, num_rows: int) -> None:
     """Makes the first slots writable: from now on a read of slot `written[i]` gives `values + delta[i]`.
 

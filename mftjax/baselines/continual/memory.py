@@ -17,11 +17,8 @@ from mftjax import sft
 from mftjax.baselines.continual.method import Method, Setup
 from mftjax.models import Memory, MemoryParam, StoredAdapters, WrittenSlots, slots
 
-HELD = (
-  MemoryParam,
-  WrittenSlots,
-  StoredAdapters,
-)  # what a run has of a memory beside what is trained, its `MemoryWrite`
+# What a run has of a memory beside what is trained, its `MemoryWrite`.
+HELD = (MemoryParam, WrittenSlots, StoredAdapters)
 
 
 def usages(setup: Setup, weights, rows, masks, num_parts: int = 1):
@@ -67,25 +64,27 @@ def allocate(setup: Setup, params, carry, task, values, key):
 
 def block(memory: Memory, num_rows: int, number):
   """`[num_rows]` int32 slots of a task's own block."""
-  return (number % max(num_in_blocks(memory, num_rows) // num_rows, 1)) * num_rows + jnp.arange(
-    num_rows, dtype=jnp.int32
-  )
+  place = number % max(memory.num_blocks(num_rows), 1)
+  return place * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
 
 
 def num_in_blocks(memory: Memory, num_rows: int) -> int:
   """Slots that stand in blocks of `num_rows`; those behind them are no task's, and only the outer loop writes them."""
-  return (memory.num_slots - memory.num_shared) // num_rows * num_rows
+  return memory.num_blocks(num_rows) * num_rows
 
 
-def place(model, number: int, rows, batch) -> None:
+def place(model, number: int, rows, batch, inputs=None) -> None:
   """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch.
 
   Adapters work on all tokens: then it is the queries of all of them.
+
+  Args:
+    inputs: the batch's `memory_inputs`, where they are known.
   """
   memory = model.memories()[number]
-  if batch.states is not None:
+  if inputs is None and batch.states is not None:
     inputs = [model.last_memory_input(batch.states)]
-  else:
+  elif inputs is None:
     inputs = model.memory_inputs(batch.tokens, batch.segment_ids, batch.positions)
   own = [x for x, layer in zip(inputs, model.memory_layers, strict=True) if model.memory_of(layer) is memory]
   mask = jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1))) if model.adapters is None else batch.segment_ids
