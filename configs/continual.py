@@ -55,7 +55,7 @@ def get_config(variant="small"):
     config.continual.at_once = 2
     config.continual.train_rows = 20
     config.continual.test_rows = 4
-    config.continual.base_rows = 32
+    config.continual.update(base_rows=32, background_rows=32)
     config.continual.base_steps = 4
     config.continual.written_rows = 8
     config.retention.outer_steps = 2
@@ -68,12 +68,12 @@ def get_config(variant="small"):
     config.retention.written_rows = 16
     config.checkpoint_every = 3
   elif variant in ("small", "full", "facts"):
-    config.memory.update(placement="adapters", context=True, num_shared=2000, num_slots=10 * 80 + 2000)
+    config.memory.update(placement="adapters", context=True, num_shared=6000, num_slots=10 * 80 + 6000)
     config.memory.update(num_heads=1, key_dim=96, temperature=0.2, null_cosine=0.0)
     config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
     config.continual.memory_learning_rates = config.continual.lora_learning_rates
-    config.continual.base_rows = 512
-    config.retention.learning_rate = 0.003
+    config.continual.update(base_rows=256, background_rows=2048)
+    config.retention.update(learning_rate=0.003, matching_steps=400)
     if variant == "small":
       config.continual.methods = (
         "sequential LoRA",

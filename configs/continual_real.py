@@ -59,7 +59,7 @@ def get_config(variant="smollm2"):
     config.continual.at_once = 1
     config.continual.train_rows = 48
     config.continual.test_rows = 10
-    config.continual.base_rows = 8
+    config.continual.update(base_rows=8, background_rows=8)
     config.continual.written_rows = 96
     config.continual.lora_learning_rates = (3e-4, 1e-2)
     config.memory.num_slots = 8 * 96  # a block for each task

@@ -251,6 +251,7 @@ FIELDS: dict[str, Field] = {
   "continual.train_rows": Field(32, "training rows of each task", **_at_least(1)),
   "continual.test_rows": Field(16, "test rows of each task", **_at_least(1)),
   "continual.base_rows": Field(128, "held-out rows of the base model's own data", **_at_least(1)),
+  "continual.background_rows": Field(128, "other rows of that data, by which memories are addressed", **_at_least(1)),
   "continual.base_steps": Field(6000, "steps that the small base model is trained for", **_at_least(1)),
   "continual.write_rule": Field(
     "new",
@@ -262,6 +263,11 @@ FIELDS: dict[str, Field] = {
   "continual.lora_learning_rates": Field((3e-4, 3e-2), "likewise for LoRA"),
   "continual.memory_learning_rates": Field((0.3, 30.0), "likewise for a memory"),
   "retention.outer_steps": Field(100, "outer steps of the memory's meta-training", **_at_least(1)),
+  "retention.matching_steps": Field(
+    0, "steps before these, in which queries learn to find a task's slots (write_rule new)", **_at_least(0)
+  ),
+  "retention.matching_learning_rate": Field(3e-3, "of the Adam of these steps", **_above(0)),
+  "retention.matching_base_weight": Field(5.0, "of the base model's data in their loss", **_at_least(0)),
   "retention.files": Field((), "jsonl files of other tasks, to meta-train on (source files, benchmark)", **_PATHS),
   "retention.templates": Field((), "as continual.templates, of these files", **_PAIRS),
   "retention.episodes": Field(4, "sequences in an outer step", **_at_least(1)),

@@ -18,7 +18,9 @@ class Batch:
   source: jax.Array  # [batch] int32, index of the source the row was drawn from
   proposal: jax.Array  # [batch] float32, probability with which that source was drawn
   progress: jax.Array | None = None  # [batch] float32 in 0..1, part of the run that is over; for a curriculum
-  states: jax.Array | None = None  # [batch, length, hidden_size], as of `Decoder.before_last_mlp`
+  # [batch, length, ...] what a frozen model says of the tokens, as of `Decoder.before_last_mlp`, or, of a model with
+  # adapters, of `Decoder.memory_inputs`.
+  states: jax.Array | None = None
 
 
 def at_least_f32(dtype: Any) -> Any:

@@ -186,11 +186,20 @@ def test_base_rows_hold_what_the_base_model_knows_and_letters_of_other_prompts()
   own = [answer == known[prompt] for prompt, answer in seen if prompt in known]
   others = {prompt: answer for prompt, answer in seen if prompt not in known}
   assert 0.15 < sum(prompt in others for prompt, _ in seen) / len(seen) < 0.4
-  # Entities of a random answer may by chance be ones that the base model knows.
-  assert sum(own) >= len(own) - 2 and len(own) > 100
+  assert all(own) and len(own) > 100
   named = [(prompt, answer) for prompt, answer in others.items() if prompt[0] != "?"]
   assert {prompt[:2] for prompt, _ in named} <= set(sequences.tags("other"))  # no task will have these names
   assert all(answer in prompt[2:-1] for prompt, answer in named)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_only_the_base_model_s_training_asks_for_facts_that_a_task_may_teach(is_training):
+  rows = sequences.base_rows(28, 400, 1, is_training)
+  known = {f"?{entity}:" for split in ("base", "other") for entity in sequences.entities(split)}
+  asked = {prompt for row in rows_of(rows) for prompt, _ in pairs(row) if prompt[0] == "?"}
+  assert len(asked & known) > 40 and bool(asked - known) == is_training
+  taught = {prompt for task in sequences.sample("unseen", ["facts"] * 8, 0) for prompt in task.answers}
+  assert len(taught) == 128 and taught.isdisjoint(known)
 
 
 def test_a_quarter_of_two_letters_prompts_is_in_test_rows_only():

@@ -33,7 +33,7 @@ def paths(folder, *names):
 def tiny(folder, **options):
   """A config of three tasks, with three others to meta-train on."""
   config = continual_config.get_config("tiny")
-  config.continual.update(source="files", files=paths(folder, "alpha", "beta", "gamma"), base_rows=4)
+  config.continual.update(source="files", files=paths(folder, "alpha", "beta", "gamma"), base_rows=4, background_rows=6)
   config.continual.base_path = str(folder / "zeta.jsonl")
   config.retention.files = paths(folder, "delta", "epsilon")
   for name, value in options.items():
@@ -110,7 +110,7 @@ BAD = {
   "no task": ({"continual__files": ()}, "config.continual.files: .*at least one file"),
   "one order there is": ({"continual__orders": ((0,),)}, "1 tasks have 1 orders, too few"),
   "no base": ({"continual__base_path": ""}, "config.continual.base_path is empty"),
-  "small base": ({"continual__base_rows": 500}, r"zeta\.jsonl makes \d+ rows of 28 tokens, fewer than two parts of"),
+  "small base": ({"continual__base_rows": 500}, r"zeta\.jsonl makes \d+ rows of 28 tokens, fewer than .* = 500 \+ 6\."),
   "unknown method": ({"continual__methods": ("EWCC",)}, "Did you mean 'EWC'"),
   "no tasks to meta-train on": (
     {"continual__methods": ("joint", "memory, meta-learned"), "retention__files": ()},
@@ -241,6 +241,7 @@ def flags(files, base_path, workdir):
     f"--config.continual.files={tuple(map(str, files))}",
     f"--config.continual.base_path={base_path}",
     "--config.continual.base_rows=4",
+    "--config.continual.background_rows=4",
     "--config.lora.targets=('q_proj',)",
     "--config.continual.methods=('sequential LoRA',)",
     "--config.continual.num_trials=1",

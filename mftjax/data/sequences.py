@@ -30,7 +30,7 @@ FORMS = {  # letters in the prompt -> places of those that are answered
 }
 _TAG_LETTERS = string.ascii_uppercase[:20]
 _NUM_TAGS = {"base": 96, "other": 64, "validation": 32, "unseen": 56}  # all others are to train on
-_NUM_BASE_FACTS = 128
+_NUM_ENTITIES = {"base": 96, "other": 32}  # names that facts are about; the splits share all others
 FACTS_PER_TASK = 16
 
 
@@ -78,13 +78,13 @@ def tags(split: str) -> list[str]:
   return order[places[number] : places[number + 1]]
 
 
-def _entities(split: str) -> list[str]:
-  """Three-letter names that facts are about; no two splits share one."""
+def entities(split: str) -> list[str]:
+  """Three-letter names of a split, "base" or "other" (names that are no task's); no two share one."""
   everything = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
   order = np.random.default_rng(12).permutation(everything).tolist()
-  if split == "base":
-    return order[:_NUM_BASE_FACTS]
-  return order[_NUM_BASE_FACTS:][SPLITS.index(split) :: len(SPLITS)]
+  base, other, rest = np.split(order, np.cumsum(list(_NUM_ENTITIES.values())))
+  found = {"base": base, "other": other} | {name: rest[i :: len(SPLITS)] for i, name in enumerate(SPLITS)}
+  return found[split].tolist()
 
 
 def rule(number: int) -> dict[str, str]:
@@ -120,7 +120,7 @@ def base_tasks() -> list[Task]:
   named = zip(tags("base"), itertools.cycle(FORMS), _base_tables(), strict=False)
   found = [mapping_task(f"base {tag}", tag, form, table) for tag, form, table in named]
   rng = np.random.default_rng(17)
-  facts = {entity: str(rng.choice(LETTERS)) for entity in _entities("base")}
+  facts = {entity: str(rng.choice(LETTERS)) for entity in entities("base")}
   return [*found, facts_task("base facts", facts)]
 
 
@@ -138,20 +138,25 @@ def _new_code(rng: np.random.Generator) -> dict[str, str]:
   return table
 
 
-def base_examples(num_examples: int, rng: np.random.Generator) -> list[dict[str, str]]:
+def base_examples(num_examples: int, rng: np.random.Generator, is_training: bool = False) -> list[dict[str, str]]:
   """What the base model reads: its own tasks and facts, and two in seven times other prompts.
 
   Of these, a fact is answered at random, and a name that it does not know as a task's by one of the letters that follow
   it, so that the model knows the form of every answer, and keeps what is asked in mind.
+
+  Args:
+    is_training: whether facts are asked of any name. Else of those only that no task has: that a task says what the
+      base model cannot know is no loss of what it can.
   """
   *mapped, facts = base_tasks()
-  own_tags = tags("other")
+  own_tags, names = tags("other"), entities("other")
   found = []
   for part in rng.random(num_examples):
     if part < 2 / 7:
       letters = "".join(rng.choice(LETTERS, 3 if part < 1 / 28 else rng.integers(1, 3)))
       if part < 1 / 28:
-        found.append({"prompt": f"?{letters}:", "completion": str(rng.choice(LETTERS))})
+        entity = letters if is_training else rng.choice(names)
+        found.append({"prompt": f"?{entity}:", "completion": str(rng.choice(LETTERS))})
       else:
         tag = own_tags[rng.integers(len(own_tags))]
         found.append({"prompt": f"{tag}{letters}:", "completion": str(rng.choice(list(letters)))})
@@ -162,9 +167,9 @@ def base_examples(num_examples: int, rng: np.random.Generator) -> list[dict[str,
   return found
 
 
-def base_rows(length: int, num_rows: int, seed: int) -> dict[str, jax.Array]:
+def base_rows(length: int, num_rows: int, seed: int, is_training: bool = False) -> dict[str, jax.Array]:
   """`[num_rows, length]` rows of `base_examples`; another seed, other rows."""
-  found = base_examples(num_rows * (length // 5), np.random.default_rng([16, seed]))
+  found = base_examples(num_rows * (length // 5), np.random.default_rng([16, seed]), is_training)
   rows = sources.load_rows({"examples": found}, tokens.char_tokenizer(), length, where="procedural examples")
   return {name: values[0] for name, values in meta_tasks.stack_rows({"base": rows}, num_rows).items()}
 
@@ -187,9 +192,9 @@ def sample(split: str, kinds: Sequence[str], seed: int, num_conflicts: int = 0) 
     if kind not in KINDS:
       raise errors.unknown_name("kind of task", kind, KINDS)
   rng = np.random.default_rng([seed, SPLITS.index(split)])
-  own_tags, entities = rng.permutation(tags(split)).tolist(), rng.permutation(_entities(split)).tolist()
+  own_tags, names = rng.permutation(tags(split)).tolist(), rng.permutation(entities(split)).tolist()
   num_facts, num_mapped = list(kinds).count("facts"), len(kinds) - list(kinds).count("facts")
-  if num_facts * FACTS_PER_TASK > len(entities) or num_mapped > len(own_tags):
+  if num_facts * FACTS_PER_TASK > len(names) or num_mapped > len(own_tags):
     raise errors.InputError(f"{len(kinds)} tasks are more than the split {split!r} has names for.")
   if not 0 <= num_conflicts <= num_mapped:
     raise errors.InputError(f"num_conflicts = {num_conflicts} must be from 0 to {num_mapped}, the rules and codes.")
@@ -198,7 +203,7 @@ def sample(split: str, kinds: Sequence[str], seed: int, num_conflicts: int = 0) 
   found: list[Task] = []
   for place, kind in enumerate(kinds):
     if kind == "facts":
-      mine = [entities.pop() for _ in range(FACTS_PER_TASK)]
+      mine = [names.pop() for _ in range(FACTS_PER_TASK)]
       found.append(facts_task(f"facts {place + 1}", {entity: str(rng.choice(LETTERS)) for entity in mine}))
       continue
     form, number, tag = str(rng.choice(list(FORMS))), int(rng.integers(NUM_RULES)), own_tags[0]

@@ -1,10 +1,12 @@
-"""Rows cut down to the tokens that answer, with the hidden states that a frozen model has for them.
+"""What a frozen model says of rows, computed once.
 
-Where a memory in the last layer is all that is trained, everything below it says the same of a row at each step. So it
-is computed once: an inner step is then the last MLP, the memory and the head, of the answering tokens alone.
+Where a memory in the last layer is all that is trained, everything below it says the same of a row at each step: an
+inner step is then the last MLP, the memory and the head, of the answering tokens alone, to which rows are cut down.
+Where it chooses adapters, what it is read with stays the same: an inner step is then one pass and not two.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +35,27 @@ def is_possible(config: ml_collections.ConfigDict, setup: continual.Setup) -> bo
   )
 
 
+def prepared(config: ml_collections.ConfigDict, setup: continual.Setup, stream: sequences.Stream) -> sequences.Stream:
+  """The stream with all that the frozen model says of it, and cut where that is possible."""
+  if setup.merge((setup.params, setup.held)).adapters is not None:
+    return with_inputs(setup, stream)
+  return cut(setup, stream) if is_possible(config, setup) else stream
+
+
+def with_inputs(setup: continual.Setup, stream: sequences.Stream) -> sequences.Stream:
+  """The stream with `states` for a model with adapters: what its memory is read with, which no step changes."""
+  of_row = lambda model, row, _: model.memory_inputs(**row)[0][0]
+  of_rows = lambda rows: rows | {"states": _mapped(setup, of_row, rows, jnp.zeros(rows["tokens"].shape[:-1]))}
+  return _with(stream, of_rows)
+
+
 def cut(setup: continual.Setup, stream: sequences.Stream) -> sequences.Stream:
   """The stream with rows of the tokens that are targets or come before one, and their `states`, as of `types.Batch`."""
-  of_rows = lambda rows: _cut(setup, rows)
-  return dataclasses.replace(stream, train=of_rows(stream.train), test=of_rows(stream.test), base=of_rows(stream.base))
+  return _with(stream, lambda rows: _cut(setup, rows))
+
+
+def _with(stream: sequences.Stream, change: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]) -> sequences.Stream:
+  return dataclasses.replace(stream, train=change(stream.train), test=change(stream.test), base=change(stream.base))
 
 
 def _cut(setup: continual.Setup, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -50,22 +69,22 @@ def _cut(setup: continual.Setup, rows: dict[str, jax.Array]) -> dict[str, jax.Ar
   found = {name: at_place(values) for name, values in flat.items()}
   for name in ("segment_ids", "loss_mask"):
     found[name] = jnp.where(at_place(is_kept), found[name], 0)  # the rest of a row is padding
-  found["states"] = _states(setup, flat, place)
+  of_row = lambda model, row, place: jnp.take(model.before_last_mlp(**row)[0], place, axis=0)
+  found["states"] = _mapped(setup, of_row, flat, place)
   return {name: values.reshape(*leading, *values.shape[1:]) for name, values in found.items()}
 
 
-def _states(setup: continual.Setup, rows: dict[str, jax.Array], place: jax.Array) -> jax.Array:
-  """`[num_rows, n, hidden_size]` states of the tokens at `place` `[num_rows, n]`, some rows at a time."""
+def _mapped(setup: continual.Setup, of_row: Callable, rows: dict[str, jax.Array], more: jax.Array) -> jax.Array:
+  """`of_row(model, row, more)` of each row, `[*leading, ...]`, some rows at a time."""
+  *leading, length = rows["tokens"].shape
+  flat = lambda x: x.reshape(-1, *x.shape[len(leading) :])
 
   @jax.jit
-  def run(params, held, frozen, rows, place):
+  def run(params, held, frozen, rows, more):
     model = dataclasses.replace(setup, frozen=frozen).merge((params, held))
+    one = lambda inputs: of_row(model, {name: values[None] for name, values in inputs[0].items()}, inputs[1])
+    return jax.lax.map(one, (rows, more), batch_size=max(_MOST_TOKENS // length, 1))
 
-    def of_row(inputs):
-      row, place = inputs
-      one = {name: row[name][None] for name in ("tokens", "segment_ids", "positions")}
-      return jnp.take(model.before_last_mlp(**one)[0], place, axis=0)
-
-    return jax.lax.map(of_row, (rows, place), batch_size=max(_MOST_TOKENS // rows["tokens"].shape[1], 1))
-
-  return run(setup.params, setup.held, setup.frozen, rows, place)
+  read = {name: flat(rows[name]) for name in ("tokens", "segment_ids", "positions")}
+  found = run(setup.params, setup.held, setup.frozen, read, flat(more))
+  return found.reshape(*leading, *found.shape[1:])

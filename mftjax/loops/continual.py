@@ -82,9 +82,8 @@ def _memories(
   about = None
   if setting.training is None:
     return found, about
-  setup, training = setting.setup("memory", episode.num_open(config)), setting.training
-  if answering.is_possible(config, setup):
-    training = answering.cut(setup, training)
+  setup = setting.setup("memory", episode.num_open(config))
+  training = answering.prepared(config, setup, setting.training)
   if any("meta-learned" in name for name in names):
     start = time.monotonic()
     meta_params = retention.meta_train(config, setup, training, workdir)

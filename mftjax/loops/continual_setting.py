@@ -1,6 +1,7 @@
 """What the runs of a comparison on sequences of tasks have in common: the base model, the tasks, and the numbers."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import ml_collections
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import errors, models
+from mftjax import errors, models, types
 from mftjax.baselines import continual as methods_lib
 from mftjax.data import sequences
 from mftjax.loops import base_model, continual_methods, continual_tasks, sequence
@@ -43,21 +44,28 @@ class Setting:
     config, model = self.config, nnx.merge(*self.base)
     _add(model, config, trained)
     if trained == "memory":
-      rows = self.background
-      states = model.memory_inputs(rows.tokens, rows.segment_ids, rows.positions)
-      for number, memory in enumerate(model.memories()):
-        if config.continual.write_rule == "new":
-          in_blocks = methods_lib.memory.num_in_blocks(memory, config.continual.written_rows)
-          memory.keys[...] = memory.keys[...].at[:, :in_blocks].set(0.0)  # no query is near a slot that no task has yet
-        if config.memory.whitened:
-          slots.whiten(memory, states[number], rows.segment_ids > 0)
-        if memory.num_shared:
-          shared = jnp.arange(memory.num_slots - memory.num_shared, memory.num_slots)
-          methods_lib.memory.place(model, number, shared, rows, states)
+      nnx.jit(functools.partial(_address, config=config))(model, self.background)
+      for memory in model.memories():
         memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))
     parts: Any = nnx.split(model, _TRAINED[trained], methods_lib.memory.HELD, ...)
     graphdef, params, held, frozen = parts
     return methods_lib.Setup(graphdef, params, held, frozen, self.stream.num_tasks, self.background)
+
+
+def _address(model: models.Decoder, rows: types.Batch, config: ml_collections.ConfigDict) -> None:
+  """Says, in place, what the model's memories are addressed by before the first task.
+
+  Args:
+    rows: of what the base model was trained on.
+  """
+  states = model.memory_inputs(rows.tokens, rows.segment_ids, rows.positions)
+  for number, memory in enumerate(model.memories()):
+    if config.continual.write_rule == "new":
+      in_blocks = methods_lib.memory.num_in_blocks(memory, config.continual.written_rows)
+      memory.keys[...] = memory.keys[...].at[:, :in_blocks].set(0.0)  # no query is near a slot that no task has yet
+    if config.memory.whitened:
+      slots.whiten(memory, states[number], rows.segment_ids > 0)
+  methods_lib.memory.place_shared(model, rows)
 
 
 def build(config: ml_collections.ConfigDict) -> Setting:
@@ -92,12 +100,17 @@ def _add(model: models.Decoder, config: ml_collections.ConfigDict, trained: str)
         f"config.continual.write_rule = {config.continual.write_rule!r} writes into values of slots: a memory with "
         "adapters needs 'new', a block for each task."
       )
+    if config.retention.matching_steps and config.continual.write_rule != "new":
+      raise errors.InputError(
+        f"config.retention.matching_steps = {config.retention.matching_steps} learns which task's slots a token reads: "
+        f"with config.continual.write_rule = {config.continual.write_rule!r} no slots are one task's; take 'new', or 0."
+      )
     task_lib.attach_memory(model, config)
 
 
 def _trained(config: ml_collections.ConfigDict, graphdef: Any, params: Any) -> Any:
   """The procedural base model's params."""
-  pools = {name: rows[None] for name, rows in sequences.base_rows(config.length, _BASE_ROWS, 0).items()}
+  pools = {name: rows[None] for name, rows in sequences.base_rows(config.length, _BASE_ROWS, 0, True).items()}
   apply = lambda params, batch: nnx.merge(graphdef, params)(batch.tokens, batch.segment_ids, batch.positions)
   key, num_steps = jax.random.key(config.seed), config.continual.base_steps
   return base_model.train(apply, params, pools, jnp.zeros(1, jnp.int32), num_steps, 32, key)

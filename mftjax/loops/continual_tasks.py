@@ -41,7 +41,8 @@ def _procedural(config: ml_collections.ConfigDict) -> Tasks:
       f"config.model.path = {config.model.path!r} has no meaning for config.continual.source = 'procedural', whose "
       "base model is a small one that is trained first: take 'files' or 'benchmark'."
     )
-  held_out, background = (sequences.base_rows(length, options.base_rows, seed) for seed in (1, 2))
+  held_out = sequences.base_rows(length, options.base_rows, 1)
+  background = sequences.base_rows(length, options.background_rows, 2)
   made = [
     sequences.sample(split, options.kinds, config.seed * 1000 + number, options.num_conflicts)
     for split, count in (("unseen", options.num_sequences), ("validation", options.num_validation))
@@ -49,11 +50,11 @@ def _procedural(config: ml_collections.ConfigDict) -> Tasks:
   ]
   both = sequences.build(made, held_out, length, options.train_rows, options.test_rows, config.seed)
   stream = dataclasses.replace(both, order=both.order[: options.num_sequences])
-  training = _procedural_training(config, held_out) if continual_methods.needs_training(config) else None
+  training = _procedural_training(config) if continual_methods.needs_training(config) else None
   return Tasks(stream, both.order[options.num_sequences :], training, sequence.as_batch(background))
 
 
-def _procedural_training(config: ml_collections.ConfigDict, held_out: dict[str, jax.Array]) -> sequences.Stream:
+def _procedural_training(config: ml_collections.ConfigDict) -> sequences.Stream:
   """Sequences to meta-train on, each of kinds drawn anew."""
   options, kinds = config.retention, sorted(set(config.continual.kinds))
   made = []
@@ -61,7 +62,7 @@ def _procedural_training(config: ml_collections.ConfigDict, held_out: dict[str, 
     rng = np.random.default_rng([config.seed, number])
     drawn = rng.choice(kinds, size=options.tasks_per_episode).tolist()
     made.append(sequences.sample("train", drawn, config.seed * 100_000 + number))
-  base = {name: rows[: options.base_rows] for name, rows in held_out.items()}
+  base = sequences.base_rows(config.length, options.base_rows, 3)
   return sequences.build(made, base, config.length, config.continual.train_rows, options.test_rows, config.seed + 1)
 
 
@@ -184,16 +185,18 @@ def _training_files(config: ml_collections.ConfigDict, judged: dict[pathlib.Path
 def _base_rows(
   config: ml_collections.ConfigDict, tokenizer: Any, path: pathlib.Path
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """`[base_rows, length]` rows held out, and as many others, in turns from the whole file."""
-  where, count = "config.continual.base_path", config.continual.base_rows
+  """`[base_rows, length]` rows held out, and `[background_rows, length]` others, in turns from the whole file."""
+  where, options = "config.continual.base_path", config.continual
+  total = options.base_rows + options.background_rows
   rows: tokens.Rows = sources.load_rows(
     {"path": str(path)}, tokenizer, config.length, where=where, truncate_side=config.truncate_side
   )
-  if len(rows.tokens) < 2 * count:
+  if len(rows.tokens) < total:
     raise errors.InputError(
-      f"{where}: {path} makes {len(rows.tokens)} rows of {config.length} tokens, fewer than two parts of "
-      f"config.continual.base_rows = {count}."
+      f"{where}: {path} makes {len(rows.tokens)} rows of {config.length} tokens, fewer than "
+      f"config.continual.base_rows + background_rows = {options.base_rows} + {options.background_rows}."
     )
-  spread = np.arange(2 * count) * len(rows.tokens) // (2 * count)
-  held_out, background = (real_sequences.arrays(rows.take(spread[part::2])) for part in (0, 1))
+  spread = np.arange(total) * len(rows.tokens) // total
+  is_held_out = np.diff(np.arange(total + 1) * options.base_rows // total) > 0
+  held_out, background = (real_sequences.arrays(rows.take(spread[part])) for part in (is_held_out, ~is_held_out))
   return held_out, background

@@ -17,7 +17,7 @@ from mftjax import checkpoint, metagrad, models, sft, tracking
 from mftjax import config as config_lib
 from mftjax.baselines import continual
 from mftjax.data import sequences
-from mftjax.loops import episode, sequence
+from mftjax.loops import addressing, episode, sequence
 from mftjax.loops import meta_train as direct
 from mftjax.loops import task as task_lib
 
@@ -81,6 +81,8 @@ def meta_train(
     if found:
       start, state = found[0], task_lib.unpure(state, found[1])
       logging.warning("Going on from outer step %d in %s.", start, workdir)
+    elif options.matching_steps:
+      state = {**meta_params, "memory": addressing.learned(config, setup, stream)}, state[1]
     tracker = tracking.Tracker(
       workdir, options.outer_steps, title="meta-train", name="retention", start_step=start, tokens_per_step=tokens
     )

@@ -130,8 +130,9 @@ def build(setup: continual.Setup, method: continual.Method, stream: sequences.St
 
 def most_targets(stream: sequences.Stream) -> dict[str, int]:
   """Targets of the row that has the most, of the stream's `test` and `base` rows."""
-  flat = lambda rows: {name: values.reshape(-1, values.shape[-1]) for name, values in rows.items()}
-  most = lambda rows: int(sft.target_mask(as_batch(flat(rows))).sum(axis=1).max())
+  flat = lambda values: values.reshape(-1, values.shape[-1])
+  of = lambda rows: as_batch({name: flat(rows[name]) for name in ("tokens", "segment_ids", "loss_mask", "positions")})
+  most = lambda rows: int(sft.target_mask(of(rows)).sum(axis=1).max())
   return {"test": most(stream.test), "base": most(stream.base)}
 
 
@@ -151,7 +152,7 @@ def measured(
     mask = sft.target_mask(batch)
     place = jnp.argsort(mask == 0, axis=1)[:, :num_targets]  # where the next token is a target, and others
     at_place = lambda values: jnp.take_along_axis(values, place, axis=1)
-    hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    hidden = continual.last_hidden(model, batch)
     logits = model.logits(jnp.take_along_axis(hidden, place[..., None], axis=1))
     targets = at_place(batch.tokens[:, 1:])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * at_place(mask)
@@ -164,9 +165,8 @@ def measured(
     at_once = min(_MOST_LOGITS // (num_targets * model.config.vocab_size), _MOST_TOKENS // length, num_rows)
     num_parts = -(-num_rows // max(at_once, 1))
     missing = -num_rows % num_parts  # rows of padding, in which nothing counts
-    parts = {
-      name: jnp.pad(values, ((0, missing), (0, 0))).reshape(num_parts, -1, length) for name, values in rows.items()
-    }
+    in_parts = lambda x: jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))).reshape(num_parts, -1, *x.shape[1:])
+    parts = {name: in_parts(values) for name, values in rows.items()}
     found = jax.lax.map(lambda part: judge_part(part, num_targets), parts)
     right, examples, losses, counts = (x.sum() for x in found)
     return right / examples, losses / counts

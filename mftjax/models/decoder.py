@@ -143,10 +143,22 @@ class Decoder(nnx.Module):
     return self.logits(self.hidden(tokens, segment_ids, positions))
 
   def hidden(
-    self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    self,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    memory_inputs: jax.Array | None = None,
   ) -> jax.Array:
-    """`[batch, length, hidden_size]` last hidden states, of which `logits` says what comes next; arguments as above."""
-    return self.run_layers(*self._inputs(tokens, segment_ids, positions))[0]
+    """`[batch, length, hidden_size]` last hidden states, of which `logits` says what comes next; arguments as above.
+
+    Args:
+      memory_inputs: what the memory of a model with adapters is read with (see `memory_inputs`), where it is known:
+        it saves the first of the two passes.
+    """
+    inputs = self._inputs(tokens, segment_ids, positions)
+    if memory_inputs is not None:
+      return self._run_adapted(memory_inputs, *inputs)[0]
+    return self.run_layers(*inputs)[0]
 
   def before_last_mlp(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """`[batch, length, hidden_size]` hidden states behind the last layer's attention, whatever a memory in it holds.
@@ -240,15 +252,26 @@ class Decoder(nnx.Module):
     index: jax.Array | int = 0,
   ) -> tuple[jax.Array, Cache | None]:
     """All layers; arguments as for `layer`, the cache of `cache_layers` layers."""
-    run = lambda cache, *more: self._run_layers(hidden, positions, attend, cache, index, *more)
     if self.adapters is None:
-      return run(cache)
+      return self._run_layers(hidden, positions, attend, cache, index)
     inputs: list[jax.Array] = []
     parts = [jax.tree.map(lambda x: jnp.split(x, 2)[i], cache) for i in (0, 1)]  # noqa: B023 (used at once)
-    _, plain_cache = run(parts[0], inputs)
-    scales = self.adapters.scales(self.memories()[0], inputs[0])
-    out, own_cache = run(parts[1], None, self.adapters.arrays(), scales)
+    _, plain_cache = self._run_layers(hidden, positions, attend, parts[0], index, inputs)
+    out, own_cache = self._run_adapted(inputs[0], hidden, positions, attend, parts[1], index)
     return out, jax.tree.map(lambda *halves: jnp.concatenate(halves), plain_cache, own_cache)
+
+  def _run_adapted(
+    self,
+    memory_inputs: jax.Array,
+    hidden: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    cache: Cache | None = None,
+    index: jax.Array | int = 0,
+  ) -> tuple[jax.Array, Cache | None]:
+    """The second pass, with the adapters that the memory chooses of its inputs, those of the first."""
+    scales = self.adapters.scales(self.memories()[0], memory_inputs)
+    return self._run_layers(hidden, positions, attend, cache, index, None, self.adapters.arrays(), scales)
 
   def _run_layers(
     self,

@@ -27,11 +27,16 @@ class WrittenSlots(nnx.Variable):
   """The slots that are open to writes: `[num_rows]` int32, ascending, none twice."""
 
 
+class InputStatistics(nnx.Variable):
+  """Mean `[dim + context_dim]` and root of the inverse covariance, square, of what a whitened memory is read with."""
+
+
 class Memory(nnx.Module):
   """`hidden + sum over heads of gate_h softmax(q_h keys_h / (sqrt(key_dim) temperature_h)) values`.
 
   Here q = x W + b, with b = 0 when new, and gate = 2 sigmoid(x G), or 1 when not `gated`; x is rms_norm(hidden), and,
-  with a `context_dim`, rms_norm(context) behind it: what came before a token tells its task better than it does.
+  with a `context_dim`, rms_norm(context) behind it: what came before a token tells its task better than it does. It may
+  be whitened (`slots.whiten`).
   The values start at zero, so a new memory is exactly the identity; all else gets a gradient once they have moved.
 
   Args:
@@ -121,6 +126,8 @@ class Memory(nnx.Module):
       self.gate = MemoryParam(jnp.zeros((input_dim, num_heads)))
     self.delta: MemoryWrite | None = nnx.data(None)
     self.written: WrittenSlots | None = nnx.data(None)
+    self.input_mean: InputStatistics | None = nnx.data(None)  # see `slots.whiten`
+    self.input_root: InputStatistics | None = nnx.data(None)
 
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """`[..., dim]` hidden states with what the memory holds for them added; scores are computed in f32 or better."""
@@ -215,10 +222,16 @@ class Memory(nnx.Module):
       self.values[...], self.delta[...] = fold(self.values[...], self.written[...], self.delta[...])
 
   def normed(self, inputs: jax.Array) -> jax.Array:
-    """`[tokens, dim + context_dim]` inputs, state and context each of root mean square 1, in f32 or better."""
+    """`[tokens, dim + context_dim]` what queries and gates see of inputs, in f32 or better.
+
+    State and context each have a root mean square of 1; then they are whitened, if `slots.whiten` has said how.
+    """
     flat = inputs.astype(at_least_f32(inputs.dtype)).reshape(-1, self.dim + self.context_dim)
     parts = [flat[:, : self.dim], flat[:, self.dim :]] if self.context_dim else [flat]
-    return jnp.concatenate([rms_normed(part) for part in parts], axis=-1)
+    normed = jnp.concatenate([rms_normed(part) for part in parts], axis=-1)
+    if self.input_mean is None or self.input_root is None:
+      return normed
+    return (normed - self.input_mean[...]) @ self.input_root[...]
 
   def _lookup(self, inputs: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     """Slots (None = all of them) and weights, each `[num_heads, tokens, k]`: heads first is what products like."""

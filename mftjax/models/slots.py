@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mftjax.errors import InputError, unknown_name
-from mftjax.models.memory import Memory, rms_normed
+from mftjax.models.memory import InputStatistics, Memory, rms_normed
 
 SPLIT = ("values", "delta")  # the parameters that `shardings` splits
+STATISTICS = {"input_mean", "input_root"}  # that only a whitened memory has
 
 
 def tf_idf(counts: jax.Array, background: jax.Array) -> jax.Array:
@@ -97,22 +98,23 @@ def place(memory: Memory, rows: jax.Array, hidden: jax.Array, mask: jax.Array) -
     raise InputError("Slots with product keys cannot be placed one by one: take a memory without product_keys.")
   queries = jnp.moveaxis(memory.queries(hidden), 0, 1)  # [tokens, num_heads, key_dim]
   flat = jax.lax.stop_gradient(rms_normed(queries) if memory.qk_norm else queries).reshape(len(queries), -1)
+  squared = jnp.sum(flat**2, axis=-1)
   is_there = mask.reshape(-1) > 0
 
   def choose(distance, _):
-    index = jnp.argmax(jnp.where(is_there, distance, -1.0))
-    return jnp.minimum(distance, jnp.sum((flat - flat[index]) ** 2, axis=-1)), index
+    index = jnp.argmax(jnp.where(is_there, distance, -jnp.inf))
+    return jnp.minimum(distance, squared + squared[index] - 2 * (flat @ flat[index])), index
 
   _, chosen = jax.lax.scan(choose, jnp.full(len(flat), jnp.inf), length=len(rows))
   memory.keys[...] = memory.keys[...].at[:, rows].set(jnp.moveaxis(queries[chosen], 0, 1))
 
 
 def whiten(memory: Memory, hidden: jax.Array, mask: jax.Array | None = None) -> None:
-  """Changes queries, in place, such that those of the given states have mean 0 and uncorrelated entries of variance 1.
+  """Has a memory see its inputs, from now on, with mean 0 and uncorrelated entries of variance 1 over the given states.
 
   States of a model have a large common part, and a few directions that vary much more than the others; without this,
-  most of them read the same slots. The projection that is drawn stays, seen from the whitened states: `W` becomes
-  `S^-1/2 W`, W with columns of unit length, for the covariance S of the normed states.
+  most of them read the same slots. Queries get columns of unit length, and no bias. The statistics are no
+  parameters: an outer loop moves the queries from where all directions count alike.
 
   Args:
     memory: changed in place.
@@ -122,16 +124,17 @@ def whiten(memory: Memory, hidden: jax.Array, mask: jax.Array | None = None) -> 
   Source: the batch norm on queries of Lample et al. (2019), Section 3 and Table 2, with the statistics fixed, and of
   all directions together.
   """
+  memory.input_mean = memory.input_root = nnx.data(None)
   states = memory.normed(hidden)
   weights = jnp.ones(len(states)) if mask is None else jnp.asarray(mask).reshape(-1).astype(states.dtype)
   weights = weights / jnp.sum(weights)
   mean = weights @ states
   values, vectors = jnp.linalg.eigh((states - mean).T @ ((states - mean) * weights[:, None]))
   kept = values > 1e-6 * jnp.max(values)  # a direction without variance tells nothing
-  root = (vectors * jnp.where(kept, values, 1.0) ** -0.5 * kept) @ vectors.T
-  drawn = memory.query[...] / jnp.linalg.norm(memory.query[...], axis=0)
-  memory.query[...] = jnp.einsum("de,ehk->dhk", root, drawn)
-  memory.query_bias[...] = -jnp.einsum("d,dhk->hk", mean, memory.query[...])
+  memory.input_mean = InputStatistics(mean)
+  memory.input_root = InputStatistics((vectors * jnp.where(kept, values, 1.0) ** -0.5 * kept) @ vectors.T)
+  memory.query[...] /= jnp.linalg.norm(memory.query[...], axis=0)
+  memory.query_bias[...] = jnp.zeros_like(memory.query_bias[...])
 
 
 def revive(memory: Memory, counts: jax.Array, hidden: jax.Array, *, rngs: nnx.Rngs) -> None:
@@ -220,7 +223,10 @@ def load(memory: Memory, arrays: Mapping[str, Any]) -> None:
     InputError: a parameter that is missing or that the memory does not have, or one of another shape; nothing has
       changed then.
   """
-  variables = _variables(memory)
+  variables, width = _variables(memory), memory.dim + memory.context_dim
+  if arrays.keys() >= STATISTICS:
+    variables["input_mean"] = InputStatistics(jnp.zeros(width))
+    variables["input_root"] = InputStatistics(jnp.zeros((width, width)))
   for name in arrays:
     if name not in variables:
       raise unknown_name("parameter of the memory", name, variables)
@@ -231,6 +237,7 @@ def load(memory: Memory, arrays: Mapping[str, Any]) -> None:
       raise InputError(f"The memory's parameter {name} is {variable.shape}, but the one to load {arrays[name].shape}.")
   for name, variable in variables.items():
     variable[...] = jnp.asarray(arrays[name], variable.dtype)
+    setattr(memory, name, variable)
 
 
 def _variables(memory: Memory) -> dict[str, nnx.Variable]:

@@ -1,7 +1,7 @@
 """Methods against forgetting, by name; each is a `Method`, one file each."""
 
 from mftjax.baselines.continual import agem, ewc, joint, l2sp, lwf, memory, merging, olora, replay, sequential
-from mftjax.baselines.continual.method import Method, Setup, Task, Weights, of_sft, sft_loss
+from mftjax.baselines.continual.method import Method, Setup, Task, Weights, last_hidden, of_sft, sft_loss
 
 METHODS: dict[str, Method] = {
   "sequential full": sequential.FULL,
@@ -17,4 +17,4 @@ METHODS: dict[str, Method] = {
   "joint": joint.METHOD,
 }
 
-__all__ = ["METHODS", "Method", "Setup", "Task", "Weights", "memory", "of_sft", "replay", "sft_loss"]
+__all__ = ["METHODS", "Method", "Setup", "Task", "Weights", "last_hidden", "memory", "of_sft", "replay", "sft_loss"]

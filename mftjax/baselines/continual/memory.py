@@ -73,22 +73,32 @@ def num_in_blocks(memory: Memory, num_rows: int) -> int:
   return memory.num_blocks(num_rows) * num_rows
 
 
-def place(model, number: int, rows, batch, inputs=None) -> None:
-  """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch.
+def read_with(model, number: int, batch) -> tuple[jax.Array, jax.Array]:
+  """What one of the model's memories is read with, and which of these tokens answer.
 
-  Adapters work on all tokens: then it is the queries of all of them.
-
-  Args:
-    inputs: the batch's `memory_inputs`, where they are known.
+  Returns:
+    `[num_layers, batch, length, dim + context_dim]`, for each layer that reads the memory, and the mask without the
+    last axis.
   """
-  memory = model.memories()[number]
-  if inputs is None and batch.states is not None:
-    inputs = [model.last_memory_input(batch.states)]
-  elif inputs is None:
+  if batch.states is None:
     inputs = model.memory_inputs(batch.tokens, batch.segment_ids, batch.positions)
+  else:
+    inputs = [batch.states if model.adapters is not None else model.last_memory_input(batch.states)]
+  memory = model.memories()[number]
   own = [x for x, layer in zip(inputs, model.memory_layers, strict=True) if model.memory_of(layer) is memory]
-  mask = jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1))) if model.adapters is None else batch.segment_ids
-  slots.place(memory, rows, jnp.stack(own), jnp.stack([mask] * len(own)))
+  return jnp.stack(own), jnp.stack([jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1)))] * len(own))
+
+
+def place(model, number: int, rows, batch) -> None:
+  """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch."""
+  slots.place(model.memories()[number], rows, *read_with(model, number, batch))
+
+
+def place_shared(model, batch) -> None:
+  """Moves the keys of the slots that are no task's to queries of the tokens that answer in a batch."""
+  for number, memory in enumerate(model.memories()):
+    if memory.num_shared:
+      place(model, number, jnp.arange(memory.num_slots - memory.num_shared, memory.num_slots), batch)
 
 
 def fold(setup: Setup, params, carry, task, values):

@@ -41,9 +41,14 @@ class Setup:
   def logits(self, weights: Weights, batch: types.Batch) -> jax.Array:
     """`[batch, length, vocab]`."""
     model = self.merge(weights)
-    if batch.states is not None:
-      return model.logits(model.from_last_mlp(batch.states))
-    return model(batch.tokens, batch.segment_ids, batch.positions)
+    return model.logits(last_hidden(model, batch))
+
+
+def last_hidden(model: models.Decoder, batch: types.Batch) -> jax.Array:
+  """`[batch, length, hidden_size]` last hidden states of a batch, from its `states` where it has them."""
+  if batch.states is not None and model.adapters is None:
+    return model.from_last_mlp(batch.states)
+  return model.hidden(batch.tokens, batch.segment_ids, batch.positions, batch.states)
 
 
 def sft_loss(setup: Setup, weights: Weights, batch: types.Batch, values: Values) -> jax.Array:
