@@ -21,6 +21,7 @@ class Batch:
   # [batch, length, ...] what a frozen model says of the tokens, as of `Decoder.before_last_mlp`, or, of a model with
   # adapters, of `Decoder.memory_inputs`.
   states: jax.Array | None = None
+  reads: jax.Array | None = None  # [batch, length, num_blocks], as of `Decoder.block_weights`
 
 
 def at_least_f32(dtype: Any) -> Any:

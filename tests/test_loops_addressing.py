@@ -23,7 +23,7 @@ def config():
   config.memory.update(product_keys=False, qk_norm=True, placement="adapters", context=True, top_k=3, temperature=0.3)
   config.memory.update(num_slots=3 * SIZE + 40, num_shared=40, num_heads=1, key_dim=16)
   config.continual.update(write_rule="new", written_rows=SIZE)
-  config.retention.update(matching_steps=60, matching_learning_rate=0.02)
+  config.retention.update(matching_steps=60, matching_learning_rate=0.02, matching_base_weight=1.0)
   return config
 
 

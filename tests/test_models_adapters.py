@@ -85,7 +85,7 @@ def test_what_each_token_uses_is_what_its_reads_say_layer_by_layer():
 
   params = {name: x[0] for name, x in (model.layers.arrays() | model.adapters.arrays()).items()}
   hidden = np.random.default_rng(0).normal(size=(2, 9, 32)).astype(np.float32)
-  got = layers.project(params, "v_proj", jnp.asarray(hidden), model.adapters.scales(model.memory, jnp.asarray(inputs)))
+  got = layers.project(params, "v_proj", jnp.asarray(hidden), model.adapters.scales(model.block_weights(inputs)))
   wanted = hidden @ np.asarray(params["v_proj"])
   for block in (0, 1):
     a = np.asarray(params["v_proj_lora_a"])[:, 3 * block : 3 * block + 3]

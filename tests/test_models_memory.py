@@ -294,3 +294,22 @@ def test_bad_sizes_are_named(arguments, options, words):
 def test_bad_number_of_rows_is_named(num_rows):
   with pytest.raises(InputError, match=rf"num_rows = {num_rows} must lie in 1 \.\. num_slots = 9"):
     filled().open(num_rows)
+
+
+def test_the_score_of_shared_slots_says_how_much_nearer_a_task_s_key_has_to_be():
+  memory = Memory(6, 8, 4, 2, qk_norm=True, num_shared=2, rngs=nnx.Rngs(0))
+  assert not memory.shared_score[...].any()
+  hidden = jax.random.normal(jax.random.key(1), (5, 8))
+  before = memory.lookup(hidden)[1]
+  memory.shared_score[...] = jnp.asarray([0.0, 1.5])
+  after = memory.lookup(hidden)[1]
+  np.testing.assert_array_equal(after[:, 0], before[:, 0])
+  odds = lambda weights: weights[:, 1, 4:].sum(axis=-1) / weights[:, 1, :4].sum(axis=-1)
+  np.testing.assert_allclose(odds(after), odds(before) * np.exp(1.5), rtol=1e-4)
+  assert not hasattr(Memory(9, 8, 4, 2, top_k=2, product_keys=True, num_shared=2, rngs=nnx.Rngs(0)), "shared_score")
+
+
+def test_no_parameter_is_weakly_typed():
+  """Else a step that is compiled for a new memory compiles a second time for what it returns."""
+  memory = Memory(6, 8, 4, 2, gated=True, qk_norm=True, null_cosine=0.3, num_shared=2, rngs=nnx.Rngs(0))
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(nnx.state(memory)))

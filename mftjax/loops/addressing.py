@@ -23,7 +23,8 @@ from mftjax.baselines import continual
 from mftjax.data import sequences
 from mftjax.loops import sequence
 
-_ASKED, _ASKED_OF_BASE = 100, 1000  # tokens of each task, and of the base model's data, that a step is judged by
+_ASKED, _ASKED_OF_BASE = 50, 500  # tokens of each task, and of the base model's data, that a step is judged by
+_MOST_SHARED = 2000  # keys at the base model's data in a step
 _LEAST = 1e-4  # part of a read that counts as none
 
 
@@ -73,13 +74,13 @@ def _learn_one(
     # One half is what keys are at, the other what is asked, in turns: no token is asked that a key is at.
     halves = jax.tree.map(lambda x: x[: len(x) // 2 * 2].reshape(2, -1, *x.shape[1:]), background)
     first = jax.random.bernoulli(next(keys)).astype(jnp.int32)
-    shared = _drawn(halves, memory.num_shared, next(keys), first)
+    shared = _drawn(halves, min(memory.num_shared, _MOST_SHARED), next(keys), first)
     others = _drawn(halves, _ASKED_OF_BASE, next(keys), 1 - first)
 
     found = nnx.merge(graphdef, params, rest, copy=True)
     inputs = jnp.concatenate([placed.reshape(-1, placed.shape[-1]), shared])
     found.keys = models.MemoryParam(found.queries(inputs))
-    found.num_slots, found.top_k = len(inputs), None  # also keys that are not yet among the best pull
+    found.num_slots, found.num_shared, found.top_k = len(inputs), len(shared), None  # all keys pull, not the best alone
     weights = found.block_weights(jnp.concatenate([asked.reshape(-1, asked.shape[-1]), others]), size, num_tasks)
     of_tasks, of_base = jnp.split(weights, [num_tasks * _ASKED])
     own = of_tasks.reshape(num_tasks, _ASKED, num_tasks)[jnp.arange(num_tasks), :, jnp.arange(num_tasks)]

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import metagrad, models, sft
+from mftjax import metagrad, models, sft, types
 from mftjax.baselines import continual
 from mftjax.data import sequences
 from mftjax.loops import many_tasks, sequence
@@ -96,7 +96,7 @@ def value_and_grad(
   data_key, run_key = jax.random.split(key)
   number = jnp.repeat(jnp.arange(num_tasks), options.steps_per_task)
   row = jax.random.randint(data_key, (length, config.batch_size), 0, stream.train["tokens"].shape[1])
-  batches = jax.vmap(sequence.taken, (None, 0, 0))(stream.train, order[number], row), number
+  batches = jax.vmap(sequence.taken, (None, 0, 0))(stream.train, order[number], row), number, row
 
   # What the tasks write stands one behind the other: slots in blocks, or an adapter for each.
   has_adapters = config.memory.placement == "adapters"
@@ -105,21 +105,26 @@ def value_and_grad(
   if has_adapters:
     start = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), start)
 
-  # The inner steps start from slots that are chosen once, so the gradient goes through that choice apart from them.
+  # Slots are chosen once, and adapters for each row, so the gradient goes through these choices apart from the steps.
   opening = lambda memory: _opened(config, setup, stream, memory, order)
-  memory, pull, written = jax.vjp(opening, meta_params["memory"], has_aux=True)
+  (memory, reads), pull, written = jax.vjp(opening, meta_params["memory"], has_aux=True)
 
   def weights(params, meta_params, number):
     found = params, nnx.merge_state(meta_params["memory"], written)
     return _as_of(setup, found, number, config.continual.written_rows) if _is_new(config) else found
 
   def inner_loss(params, meta_params, batch, rng):
-    rows, number = batch
+    rows, number, row = batch
+    if has_adapters:
+      rows = rows.replace(reads=meta_params["reads"]["train"][number, row])
     values = hyperparameters(config, meta_params)
     return continual.sft_loss(setup, weights(params, meta_params, number), rows, values)
 
   def outer_loss(params, meta_params, batch, rng):
     tested, base = batch
+    if has_adapters:
+      reads = meta_params["reads"]
+      tested, base = tested.replace(reads=reads["test"]), base.replace(reads=reads["base"])
     last = weights(params, meta_params, num_tasks - 1)
     mean = lambda rows: sft.row_losses(setup.logits(last, rows), rows)[0]
     by_task = mean(tested).reshape(num_tasks, -1).mean(axis=1)
@@ -132,14 +137,14 @@ def value_and_grad(
     return restarting(sft.optimizer(values, options.steps_per_task), options.steps_per_task, block)
 
   problem = metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
-  tested = {name: values[order].reshape(-1, *values.shape[2:]) for name, values in stream.test.items()}
-  outer = sequence.as_batch(tested), sequence.as_batch(stream.base)
-  opened = {**meta_params, "memory": memory}
+  outer = _tested(stream, order), sequence.as_batch(stream.base)
+  opened = {**meta_params, "memory": memory, "reads": reads}
   state = metagrad.init(problem, opened, start)
   step = metagrad.value_and_grad(problem, config.meta.method, **config_lib.method_options(config))
   out = step(opened, state, batches, outer, run_key)
   is_finite = out.metrics["is_finite"]
-  grad = {**out.grad, "memory": pull(out.grad["memory"])[0]}
+  grad = {**out.grad, "memory": pull((out.grad["memory"], out.grad["reads"]))[0]}
+  del grad["reads"]
   grad = jax.tree.map(lambda g: jnp.where(is_finite, g, 0.0), grad)
   return out.loss, many_tasks.clipped(grad, config.meta.clip_norm), {**out.metrics["aux"], "is_finite": is_finite}
 
@@ -148,15 +153,21 @@ def _is_new(config: ml_collections.ConfigDict) -> bool:
   return config.continual.write_rule == "new"
 
 
+def _tested(stream: sequences.Stream, order: jax.Array) -> types.Batch:
+  """The test rows of an episode's tasks, one behind the other."""
+  return sequence.as_batch({name: rows[order].reshape(-1, *rows.shape[2:]) for name, rows in stream.test.items()})
+
+
 def _opened(
   config: ml_collections.ConfigDict, setup: continual.Setup, stream: sequences.Stream, memory: Any, order: jax.Array
-) -> tuple[Any, Any]:
-  """The memory as the episode's tasks find it, and which slots they write.
+) -> tuple[tuple[Any, dict[str, jax.Array]], Any]:
+  """The memory as the episode's tasks find it, with `_reads` where it has adapters, and which slots they write.
 
   All tasks' slots are chosen before the first step, which changes nothing: neither hidden states nor queries move
   within an episode. With the rule `sparse` they are chosen for all tasks together, so that shapes stay the same.
   """
   carry = {"held": held(setup, memory)}
+  reads: dict[str, jax.Array] = {}
   if _is_new(config):
     model = setup.merge((setup.params, carry["held"]))
     for number, pool in enumerate(order):
@@ -164,21 +175,50 @@ def _opened(
         rows = continual.memory.block(found, config.continual.written_rows, number)
         continual.memory.place(model, place, rows, sequence.task_rows(stream, pool))
     carry = {"held": nnx.state(model, continual.memory.HELD)}
+    if model.adapters is not None:
+      reads = _reads(model, stream, order, config.continual.written_rows)
   elif config.continual.write_rule == "sparse":
     rows = {name: values[order].reshape(-1, *values.shape[2:]) for name, values in stream.train.items()}
     task = continual.Task(jnp.zeros((), jnp.int32), sequence.as_batch(rows))
     _, carry = continual.memory.choose(setup, setup.params, carry, task, None, None)
   memory, written = nnx.split_state(carry["held"], models.MemoryParam, ...)
-  return memory, written
+  return (memory, reads), written
+
+
+def _reads(model: models.Decoder, stream: sequences.Stream, order: jax.Array, num_rows: int) -> dict[str, jax.Array]:
+  """`block_weights` of an episode's rows, which no inner step changes, by a model in which all its tasks have keys.
+
+  Returns:
+    `train` `[num_tasks, rows, length, num_blocks]`, each while its task is learnt; `test` `[num_tasks * rows, ...]` and
+    `base` `[rows, ...]`, after the last.
+  """
+  memory = model.memories()[0]
+  all_keys = memory.keys[...]
+
+  def weights(rows, number):
+    memory.keys[...] = _keys_as_of(memory, all_keys, number, num_rows)
+    return model.block_weights(continual.memory.read_with(model, 0, rows)[0][0])
+
+  last = len(order) - 1
+  return {
+    "train": jnp.stack([weights(sequence.task_rows(stream, pool), number) for number, pool in enumerate(order)]),
+    "test": weights(_tested(stream, order), last),
+    "base": weights(sequence.as_batch(stream.base), last),
+  }
+
+
+def _keys_as_of(memory: models.Memory, keys: jax.Array, number: jax.Array | int, num_rows: int) -> jax.Array:
+  """The keys while the episode's task `number` is learnt: later tasks' slots have none yet."""
+  slot = jnp.arange(memory.num_slots)
+  is_there = (slot // num_rows <= number) | (slot >= continual.memory.num_in_blocks(memory, num_rows))
+  return jnp.where(is_there[:, None], keys, 0.0)
 
 
 def _as_of(setup: continual.Setup, weights: Any, number: jax.Array | int, num_rows: int) -> Any:
-  """The weights while the episode's task `number` is learnt: later tasks' slots have no keys yet."""
+  """The weights while the episode's task `number` is learnt."""
   model = setup.merge(weights)
   for memory in model.memories():
-    slot = jnp.arange(memory.num_slots)
-    is_there = (slot // num_rows <= number) | (slot >= continual.memory.num_in_blocks(memory, num_rows))
-    memory.keys[...] = jnp.where(is_there[:, None], memory.keys[...], 0.0)
+    memory.keys[...] = _keys_as_of(memory, memory.keys[...], number, num_rows)
   if model.adapters is not None:
     model.adapters.hold(number)
   return nnx.state(model, models.MemoryWrite), nnx.state(model, continual.memory.HELD)

@@ -10,7 +10,7 @@ from flax import nnx
 from mftjax.errors import InputError
 from mftjax.models import lora
 from mftjax.models.layers import Layers
-from mftjax.models.memory import Memory, MemoryParam, MemoryWrite, WrittenSlots
+from mftjax.models.memory import MemoryParam, MemoryWrite, WrittenSlots
 
 NO_BLOCK = -1
 
@@ -97,10 +97,9 @@ class Adapters(nnx.Module):
       found[name] = jax.lax.collapse(jnp.moveaxis(self._blocks(name), 0, axis), axis, axis + 2)
     return found
 
-  def scales(self, memory: Memory, inputs: jax.Array) -> jax.Array:
-    """`[..., num_blocks * rank]` what each token's adapters are multiplied by, of the memory's inputs for it."""
-    weights = memory.block_weights(inputs, self.block_size, self.num_blocks)
-    return jnp.repeat(self.scale * weights, self.rank, axis=-1)
+  def scales(self, block_weights: jax.Array) -> jax.Array:
+    """`[..., num_blocks * rank]` what each token's adapters are multiplied by, of its `Memory.block_weights`."""
+    return jnp.repeat(self.scale * block_weights, self.rank, axis=-1)
 
   def _blocks(self, name: str) -> jax.Array:
     """`[num_blocks, num_layers, ...]` of what is stored, and of the open block as it is trained."""

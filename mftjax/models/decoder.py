@@ -147,17 +147,17 @@ class Decoder(nnx.Module):
     tokens: jax.Array,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    memory_inputs: jax.Array | None = None,
+    block_weights: jax.Array | None = None,
   ) -> jax.Array:
     """`[batch, length, hidden_size]` last hidden states, of which `logits` says what comes next; arguments as above.
 
     Args:
-      memory_inputs: what the memory of a model with adapters is read with (see `memory_inputs`), where it is known:
-        it saves the first of the two passes.
+      block_weights: those of the tokens' memory inputs, where they are known of a model with adapters: it saves the
+        first of the two passes.
     """
     inputs = self._inputs(tokens, segment_ids, positions)
-    if memory_inputs is not None:
-      return self._run_adapted(memory_inputs, *inputs)[0]
+    if block_weights is not None:
+      return self._run_adapted(block_weights, *inputs)[0]
     return self.run_layers(*inputs)[0]
 
   def before_last_mlp(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -257,20 +257,24 @@ class Decoder(nnx.Module):
     inputs: list[jax.Array] = []
     parts = [jax.tree.map(lambda x: jnp.split(x, 2)[i], cache) for i in (0, 1)]  # noqa: B023 (used at once)
     _, plain_cache = self._run_layers(hidden, positions, attend, parts[0], index, inputs)
-    out, own_cache = self._run_adapted(inputs[0], hidden, positions, attend, parts[1], index)
+    out, own_cache = self._run_adapted(self.block_weights(inputs[0]), hidden, positions, attend, parts[1], index)
     return out, jax.tree.map(lambda *halves: jnp.concatenate(halves), plain_cache, own_cache)
+
+  def block_weights(self, memory_inputs: jax.Array) -> jax.Array:
+    """`[..., num_blocks]` part of each token's reads that falls on the block of each of the adapters."""
+    return self.memories()[0].block_weights(memory_inputs, self.adapters.block_size, self.adapters.num_blocks)
 
   def _run_adapted(
     self,
-    memory_inputs: jax.Array,
+    block_weights: jax.Array,
     hidden: jax.Array,
     positions: jax.Array,
     attend: Attend,
     cache: Cache | None = None,
     index: jax.Array | int = 0,
   ) -> tuple[jax.Array, Cache | None]:
-    """The second pass, with the adapters that the memory chooses of its inputs, those of the first."""
-    scales = self.adapters.scales(self.memories()[0], memory_inputs)
+    """The second pass, with as much of the adapters as the memory says, by its inputs in the first."""
+    scales = self.adapters.scales(block_weights)
     return self._run_layers(hidden, positions, attend, cache, index, None, self.adapters.arrays(), scales)
 
   def _run_layers(

@@ -54,7 +54,9 @@ class Memory(nnx.Module):
       best slot: a query that no key is near reads nothing. The score n is that of this cosine when new, and t is
       `temperature`; each head learns its own two.
     context_dim: width of the context that a read is given behind the hidden state; 0 = none.
-    num_shared: the last so many slots are no task's own: only the outer loop writes them.
+    num_shared: the last so many slots are no task's own: only the outer loop writes them. Their scores get a number
+      that is 0 when new, one for each head, by which it learns how much nearer the key of a task has to be; not with
+      product keys.
     has_values: without, the memory is only addressed, as `Adapters` do: it has no `values`, and nothing to `read`.
     rngs: its `params` stream draws keys and queries.
 
@@ -118,10 +120,12 @@ class Memory(nnx.Module):
     self.keys = MemoryParam(jax.random.normal(rngs.params(), key_shape))
     if has_values:
       self.values = MemoryParam(jnp.zeros((num_slots, dim)))
-    self.log_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
+    self.log_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature), jnp.float32))
     if null_cosine:
-      self.null_score = MemoryParam(jnp.full(num_heads, null_cosine * key_dim**0.5))
-      self.log_null_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature)))
+      self.null_score = MemoryParam(jnp.full(num_heads, null_cosine * key_dim**0.5, jnp.float32))
+      self.log_null_temperature = MemoryParam(jnp.full(num_heads, math.log(temperature), jnp.float32))
+    if num_shared and not product_keys:
+      self.shared_score = MemoryParam(jnp.zeros(num_heads))
     if gated:
       self.gate = MemoryParam(jnp.zeros((input_dim, num_heads)))
     self.delta: MemoryWrite | None = nnx.data(None)
@@ -238,14 +242,17 @@ class Memory(nnx.Module):
     query = self.queries(inputs)
     query = (rms_normed(query) if self.qk_norm else query) * self.key_dim**-0.5
     slots = None
+    of_head = lambda x: x[...][:, None, None]
     if self.product_keys and self.top_k:
       scores, slots = self._best_pairs(query, self.top_k)
     else:
       keys = rms_normed(self.keys[...]) if self.qk_norm else self.keys[...]
       scores = jnp.einsum("hnk,hsk->hns", query, keys)
+      if self.num_shared:
+        is_shared = jnp.arange(self.num_slots) >= self.num_slots - self.num_shared
+        scores += jnp.where(is_shared, of_head(self.shared_score), 0.0)
       if self.top_k is not None:
         scores, slots = jax.lax.top_k(scores, self.top_k)
-    of_head = lambda x: x[...][:, None, None]
     weights = jax.nn.softmax(scores * jnp.exp(-of_head(self.log_temperature)), axis=-1)
     if self.null_cosine:
       above = jnp.max(scores, axis=-1, keepdims=True) - of_head(self.null_score)

@@ -45,10 +45,13 @@ class Setup:
 
 
 def last_hidden(model: models.Decoder, batch: types.Batch) -> jax.Array:
-  """`[batch, length, hidden_size]` last hidden states of a batch, from its `states` where it has them."""
+  """`[batch, length, hidden_size]` last hidden states of a batch, from its `states` or `reads` where it has them."""
   if batch.states is not None and model.adapters is None:
     return model.from_last_mlp(batch.states)
-  return model.hidden(batch.tokens, batch.segment_ids, batch.positions, batch.states)
+  reads = batch.reads
+  if reads is None and batch.states is not None:
+    reads = model.block_weights(batch.states)
+  return model.hidden(batch.tokens, batch.segment_ids, batch.positions, reads)
 
 
 def sft_loss(setup: Setup, weights: Weights, batch: types.Batch, values: Values) -> jax.Array:
