@@ -73,7 +73,9 @@ def get_config(variant="small"):
     config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
     config.continual.memory_learning_rates = config.continual.lora_learning_rates
     config.continual.update(base_rows=256, background_rows=2048)
-    config.retention.update(learning_rate=0.003, matching_steps=400)
+    config.budget_tokens = 24 * 8 * 28
+    config.retention.update(learning_rate=0.01, matching_steps=400, outer_steps=60)
+    config.retention.update(steps_per_task=12, base_weight=20.0, num_sequences=60)
     if variant == "small":
       config.continual.methods = (
         "sequential LoRA",
@@ -84,7 +86,8 @@ def get_config(variant="small"):
         "memory",
         "memory, meta-learned",
       )
-      config.retention.outer_steps = 30
+      config.continual.update(num_trials=4, num_validation=1, at_once=5)
+      config.retention.outer_steps = 15
     if variant == "facts":
       config.continual.kinds = ("facts",) * 8
   elif variant != "values":

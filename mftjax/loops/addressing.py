@@ -74,8 +74,8 @@ def _learn_one(
     # One half is what keys are at, the other what is asked, in turns: no token is asked that a key is at.
     halves = jax.tree.map(lambda x: x[: len(x) // 2 * 2].reshape(2, -1, *x.shape[1:]), background)
     first = jax.random.bernoulli(next(keys)).astype(jnp.int32)
-    shared = _drawn(halves, min(memory.num_shared, _MOST_SHARED), next(keys), first)
-    others = _drawn(halves, _ASKED_OF_BASE, next(keys), 1 - first)
+    shared = _both(halves, min(memory.num_shared, _MOST_SHARED), next(keys), first)
+    others = _both(halves, _ASKED_OF_BASE, next(keys), 1 - first)
 
     found = nnx.merge(graphdef, params, rest, copy=True)
     inputs = jnp.concatenate([placed.reshape(-1, placed.shape[-1]), shared])
@@ -108,14 +108,23 @@ def _learn_one(
 
 
 def _tokens(model: models.Decoder, number: int, rows: Any) -> tuple[jax.Array, jax.Array]:
-  """What the memory is read with, `[num_rows, layers * length, dim]`, and which of these tokens answer."""
-  inputs, mask = continual.memory.read_with(model, number, rows)
+  """What the memory is read with, `[num_rows, layers * length, dim]`, and masks `[num_rows, 2, ...]` of `read_with`."""
   by_row = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-  return by_row(inputs), by_row(mask)
+  inputs, *masks = map(by_row, continual.memory.read_with(model, number, rows))
+  return inputs, jnp.stack(masks, axis=1)
 
 
-def _drawn(tokens: tuple[jax.Array, jax.Array], count: int, key: jax.Array, pool: jax.Array) -> jax.Array:
-  """`[count, dim]` inputs of tokens that answer, any of them, of one pool of `_tokens`."""
+def _both(tokens: tuple[jax.Array, jax.Array], count: int, key: jax.Array, pool: jax.Array) -> jax.Array:
+  """`[count, dim]` inputs of tokens that answer, and of others, in the proportion of shared slots."""
+  keys, counts = jax.random.split(key), continual.memory.shared_of(count)
+  return jnp.concatenate([_drawn(tokens, n, keys[kind], pool, kind) for kind, n in enumerate(counts)])
+
+
+def _drawn(
+  tokens: tuple[jax.Array, jax.Array], count: int, key: jax.Array, pool: jax.Array, kind: int = 0
+) -> jax.Array:
+  """`[count, dim]` inputs of any tokens of one pool of `_tokens` that answer, or, with kind 1, that do not."""
   inputs, mask = (x[pool] for x in tokens)
+  mask = mask[:, kind]
   place = jax.random.choice(key, mask.size, (count,), p=mask.reshape(-1) / mask.sum())
   return inputs.reshape(-1, inputs.shape[-1])[place]

@@ -73,12 +73,12 @@ def num_in_blocks(memory: Memory, num_rows: int) -> int:
   return memory.num_blocks(num_rows) * num_rows
 
 
-def read_with(model, number: int, batch) -> tuple[jax.Array, jax.Array]:
-  """What one of the model's memories is read with, and which of these tokens answer.
+def read_with(model, number: int, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What one of the model's memories is read with, which of these tokens answer, and which do not.
 
   Returns:
-    `[num_layers, batch, length, dim + context_dim]`, for each layer that reads the memory, and the mask without the
-    last axis.
+    `[num_layers, batch, length, dim + context_dim]`, for each layer that reads the memory, and masks without the last
+    axis; padding is in none of them.
   """
   if batch.states is None:
     inputs = model.memory_inputs(batch.tokens, batch.segment_ids, batch.positions)
@@ -86,19 +86,31 @@ def read_with(model, number: int, batch) -> tuple[jax.Array, jax.Array]:
     inputs = [batch.states if model.adapters is not None else model.last_memory_input(batch.states)]
   memory = model.memories()[number]
   own = [x for x, layer in zip(inputs, model.memory_layers, strict=True) if model.memory_of(layer) is memory]
-  return jnp.stack(own), jnp.stack([jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1)))] * len(own))
+  answering = jnp.pad(sft.target_mask(batch), ((0, 0), (0, 1))) > 0
+  masks = (jnp.stack([mask] * len(own)) for mask in (answering, (batch.segment_ids > 0) & ~answering))
+  return jnp.stack(own), *masks
 
 
 def place(model, number: int, rows, batch) -> None:
   """Moves the keys of these slots of one of the model's memories to queries of the tokens that answer in a batch."""
-  slots.place(model.memories()[number], rows, *read_with(model, number, batch))
+  inputs, answering, _ = read_with(model, number, batch)
+  slots.place(model.memories()[number], rows, inputs, answering)
 
 
 def place_shared(model, batch) -> None:
-  """Moves the keys of the slots that are no task's to queries of the tokens that answer in a batch."""
+  """Moves the keys of the slots that are no task's to queries of a batch, most of tokens that answer."""
   for number, memory in enumerate(model.memories()):
-    if memory.num_shared:
-      place(model, number, jnp.arange(memory.num_slots - memory.num_shared, memory.num_slots), batch)
+    inputs, *masks = read_with(model, number, batch)
+    first = memory.num_slots - memory.num_shared
+    for count, mask in zip(shared_of(memory.num_shared), masks, strict=True):
+      if count:
+        slots.place(memory, first + jnp.arange(count), inputs, mask)
+      first += count
+
+
+def shared_of(num_shared: int) -> tuple[int, int]:
+  """How many shared slots stand for tokens that answer, and for others: few of these are near to a task's."""
+  return num_shared - num_shared // 4, num_shared // 4
 
 
 def fold(setup: Setup, params, carry, task, values):
