@@ -200,8 +200,10 @@ def test_whitened_queries_have_no_mean_and_are_uncorrelated():
   np.testing.assert_allclose(queries.mean(axis=0), 0.0, atol=1e-3)
   covariance = queries.T @ queries / 300
   # 11 columns of unit length, seen from states that are white.
-  values = np.linalg.eigvalsh(np.cov(np.asarray(memory.normed(hidden[:300]), np.float64).T, bias=True))
-  np.testing.assert_allclose(values, 1.0, atol=1e-3)
+  direction = np.asarray(memory.query[...][:, 0], np.float64)
+  states_covariance = np.cov(np.asarray(memory.normed(hidden[:300]), np.float64).T, bias=True)
+  np.testing.assert_allclose(covariance, direction.T @ states_covariance @ direction, atol=1e-3)
+  np.testing.assert_allclose(np.linalg.eigvalsh(states_covariance), 1.0, atol=1e-3)
   np.testing.assert_allclose(np.linalg.norm(memory.query[...], axis=0), 1.0, atol=1e-6)
   assert np.all(np.diag(covariance) < 1.01) and np.diag(covariance).mean() > 0.8
 

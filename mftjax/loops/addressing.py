@@ -3,7 +3,7 @@
 A memory whose tasks write slots of their own forgets, and disturbs the base model, only where a token reads slots of
 another task, or of none. That needs no inner step to be learnt: in each step some tasks are drawn, keys are placed at
 tokens of their training rows and of the base model's data, and tokens of their test rows, and others of that data,
-have to read their own. So it is done first, at a thousandth of the cost of an episode.
+have to read their own. So it is done first, in steps that cost little beside an episode.
 
 Source: neighbourhood components analysis (Goldberger et al., 2004, equations 1 to 4), with episodes of tasks as in
 Matching Networks (Vinyals et al., 2016, Section 2.2); what is no task's as a class of its own.

@@ -37,13 +37,13 @@ def is_possible(config: ml_collections.ConfigDict, setup: continual.Setup) -> bo
 
 def prepared(config: ml_collections.ConfigDict, setup: continual.Setup, stream: sequences.Stream) -> sequences.Stream:
   """The stream with all that the frozen model says of it, and cut where that is possible."""
-  if setup.merge((setup.params, setup.held)).adapters is not None:
-    return with_inputs(setup, stream)
-  return cut(setup, stream) if is_possible(config, setup) else stream
+  return cut(setup, stream) if is_possible(config, setup) else with_inputs(setup, stream)
 
 
 def with_inputs(setup: continual.Setup, stream: sequences.Stream) -> sequences.Stream:
-  """The stream with `states` for a model with adapters: what its memory is read with, which no step changes."""
+  """The stream with `states` for a model with adapters, what its memory is read with; as it is for any other."""
+  if setup.merge((setup.params, setup.held)).adapters is None:
+    return stream
   of_row = lambda model, row, _: model.memory_inputs(**row)[0][0]
   of_rows = lambda rows: rows | {"states": _mapped(setup, of_row, rows, jnp.zeros(rows["tokens"].shape[:-1]))}
   return _with(stream, of_rows)

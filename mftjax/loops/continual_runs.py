@@ -52,9 +52,7 @@ def entry(setting: Setting, name: str, memories: Mapping[str, Any]) -> Entry:
     fixed |= memories["values"]
     rates = tuple(memories["values"]["learning_rate"] * factor for factor in (0.25, 4.0))
   space = {"learning_rate": ("log", rates), **method.hyperparameters}
-  has_adapters = setup.merge((setup.params, setup.held)).adapters is not None
-  stream = answering.with_inputs(setup, setting.stream) if has_adapters else setting.stream
-  programs = sequence.build(setup, method, stream, setting.run)
+  programs = sequence.build(setup, method, answering.with_inputs(setup, setting.stream), setting.run)
   return Entry(name, method, setup, fixed, space, programs)
 
 

@@ -137,7 +137,7 @@ def value_and_grad(
     return restarting(sft.optimizer(values, options.steps_per_task), options.steps_per_task, block)
 
   problem = metagrad.Problem(inner_loss, outer_loss, optimizer, has_aux=True)
-  outer = _tested(stream, order), sequence.as_batch(stream.base)
+  outer = _of_tasks(stream.test, order), sequence.as_batch(stream.base)
   opened = {**meta_params, "memory": memory, "reads": reads}
   state = metagrad.init(problem, opened, start)
   step = metagrad.value_and_grad(problem, config.meta.method, **config_lib.method_options(config))
@@ -153,9 +153,9 @@ def _is_new(config: ml_collections.ConfigDict) -> bool:
   return config.continual.write_rule == "new"
 
 
-def _tested(stream: sequences.Stream, order: jax.Array) -> types.Batch:
-  """The test rows of an episode's tasks, one behind the other."""
-  return sequence.as_batch({name: rows[order].reshape(-1, *rows.shape[2:]) for name, rows in stream.test.items()})
+def _of_tasks(rows: dict[str, jax.Array], order: jax.Array) -> types.Batch:
+  """The rows of an episode's tasks, one behind the other, out of a stream's `train` or `test`."""
+  return sequence.as_batch({name: values[order].reshape(-1, *values.shape[2:]) for name, values in rows.items()})
 
 
 def _opened(
@@ -178,8 +178,7 @@ def _opened(
     if model.adapters is not None:
       reads = _reads(model, stream, order, config.continual.written_rows)
   elif config.continual.write_rule == "sparse":
-    rows = {name: values[order].reshape(-1, *values.shape[2:]) for name, values in stream.train.items()}
-    task = continual.Task(jnp.zeros((), jnp.int32), sequence.as_batch(rows))
+    task = continual.Task(jnp.zeros((), jnp.int32), _of_tasks(stream.train, order))
     _, carry = continual.memory.choose(setup, setup.params, carry, task, None, None)
   memory, written = nnx.split_state(carry["held"], models.MemoryParam, ...)
   return (memory, reads), written
@@ -202,7 +201,7 @@ def _reads(model: models.Decoder, stream: sequences.Stream, order: jax.Array, nu
   last = len(order) - 1
   return {
     "train": jnp.stack([weights(sequence.task_rows(stream, pool), number) for number, pool in enumerate(order)]),
-    "test": weights(_tested(stream, order), last),
+    "test": weights(_of_tasks(stream.test, order), last),
     "base": weights(sequence.as_batch(stream.base), last),
   }
 

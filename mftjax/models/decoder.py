@@ -157,7 +157,7 @@ class Decoder(nnx.Module):
     """
     inputs = self._inputs(tokens, segment_ids, positions)
     if block_weights is not None:
-      return self._run_adapted(block_weights, *inputs)[0]
+      return self._run_layers(*inputs, block_weights=block_weights)[0]
     return self.run_layers(*inputs)[0]
 
   def before_last_mlp(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -252,30 +252,18 @@ class Decoder(nnx.Module):
     index: jax.Array | int = 0,
   ) -> tuple[jax.Array, Cache | None]:
     """All layers; arguments as for `layer`, the cache of `cache_layers` layers."""
+    run = lambda cache, **more: self._run_layers(hidden, positions, attend, cache, index, **more)
     if self.adapters is None:
-      return self._run_layers(hidden, positions, attend, cache, index)
+      return run(cache)
     inputs: list[jax.Array] = []
     parts = [jax.tree.map(lambda x: jnp.split(x, 2)[i], cache) for i in (0, 1)]  # noqa: B023 (used at once)
-    _, plain_cache = self._run_layers(hidden, positions, attend, parts[0], index, inputs)
-    out, own_cache = self._run_adapted(self.block_weights(inputs[0]), hidden, positions, attend, parts[1], index)
+    _, plain_cache = run(parts[0], memory_inputs=inputs)
+    out, own_cache = run(parts[1], block_weights=self.block_weights(inputs[0]))
     return out, jax.tree.map(lambda *halves: jnp.concatenate(halves), plain_cache, own_cache)
 
   def block_weights(self, memory_inputs: jax.Array) -> jax.Array:
     """`[..., num_blocks]` part of each token's reads that falls on the block of each of the adapters."""
     return self.memories()[0].block_weights(memory_inputs, self.adapters.block_size, self.adapters.num_blocks)
-
-  def _run_adapted(
-    self,
-    block_weights: jax.Array,
-    hidden: jax.Array,
-    positions: jax.Array,
-    attend: Attend,
-    cache: Cache | None = None,
-    index: jax.Array | int = 0,
-  ) -> tuple[jax.Array, Cache | None]:
-    """The second pass, with as much of the adapters as the memory says, by its inputs in the first."""
-    scales = self.adapters.scales(block_weights)
-    return self._run_layers(hidden, positions, attend, cache, index, None, self.adapters.arrays(), scales)
 
   def _run_layers(
     self,
@@ -285,19 +273,19 @@ class Decoder(nnx.Module):
     cache: Cache | None = None,
     index: jax.Array | int = 0,
     memory_inputs: list[jax.Array] | None = None,
-    adapters: dict[str, jax.Array] | None = None,
-    adapter_scale: jax.Array | float = 0.0,
+    block_weights: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """One pass, in one scan for each stretch between two memory layers.
 
     Args:
       memory_inputs: a list that gets what each memory layer's memory is read with.
-      adapters, adapter_scale: in place of the model's own LoRA.
+      block_weights: how much of the adapters each token uses; without, the pass is one of the model without them.
     """
     config, placement = self.config, self.memory_placement
-    arrays, lora_scale = self.layers.arrays(), self.layers.lora_scale
-    if adapters is not None:
-      arrays, lora_scale = {**arrays, **adapters}, adapter_scale
+    arrays: dict[str, jax.Array] = self.layers.arrays()
+    lora_scale: jax.Array | float = self.layers.lora_scale
+    if block_weights is not None:
+      arrays, lora_scale = arrays | self.adapters.arrays(), self.adapters.scales(block_weights)
     rope = rope_tables(positions, config.head_dim, config.rope_theta)
     is_inside = placement in ("beside", "instead")
     is_alone = placement != "after"  # a memory layer is a stretch of its own
