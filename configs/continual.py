@@ -68,11 +68,11 @@ def get_config(variant="small"):
     config.retention.written_rows = 16
     config.checkpoint_every = 3
   elif variant in ("small", "full", "facts"):
-    config.memory.update(placement="adapters", context=True, num_shared=6000, num_slots=10 * 80 + 6000)
+    config.memory.update(placement="adapters", context=True, num_shared=12000, num_slots=10 * 80 + 12000)
     config.memory.update(num_heads=1, key_dim=96, temperature=0.2, null_cosine=0.0)
     config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
     config.continual.memory_learning_rates = config.continual.lora_learning_rates
-    config.continual.update(base_rows=256, background_rows=2048)
+    config.continual.update(base_rows=256, background_rows=4096, num_trials=5, num_validation=2, at_once=5)
     config.budget_tokens = 24 * 8 * 28
     config.retention.update(learning_rate=0.01, matching_steps=400, outer_steps=60)
     config.retention.update(steps_per_task=12, base_weight=20.0, num_sequences=60)
@@ -86,8 +86,8 @@ def get_config(variant="small"):
         "memory",
         "memory, meta-learned",
       )
-      config.continual.update(num_trials=4, num_validation=1, at_once=5)
-      config.retention.outer_steps = 15
+      config.continual.num_validation = 1
+      config.retention.outer_steps = 30
     if variant == "facts":
       config.continual.kinds = ("facts",) * 8
   elif variant != "values":

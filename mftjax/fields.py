@@ -247,6 +247,9 @@ FIELDS: dict[str, Field] = {
   ),
   "continual.num_validation": Field(2, "other sequences that every method is tuned on", **_at_least(1)),
   "continual.num_trials": Field(8, "trials of each method's tuning", **_at_least(1)),
+  "continual.accuracy_tolerance": Field(
+    0.01, "trials so near to the best are chosen among by what is left of the base model's ability", **_at_least(0)
+  ),
   "continual.at_once": Field(8, "runs that a program goes through at once", **_at_least(1)),
   "continual.train_rows": Field(32, "training rows of each task", **_at_least(1)),
   "continual.test_rows": Field(16, "test rows of each task", **_at_least(1)),

@@ -77,7 +77,10 @@ def test_tuning_takes_the_trial_of_the_best_accuracy(monkeypatch, accuracy, loss
 
   monkeypatch.setattr(continual_runs, "in_groups", in_groups)
   found = tiny_entry("memory")
-  assert continual_tuning.tuned(setting, found, 3) == continual_tuning.trials(found.space, 4, 3)[best]
+  first, *others = continual_tuning.tuned(setting, found, 3)
+  assert first["values"] == continual_tuning.trials(found.space, 4, 3)[best] and len(others) == 3
+  assert first["accuracy"] == pytest.approx(accuracy[best]) and first["loss"] == pytest.approx(loss[best])
+  json.dumps(others, allow_nan=False)
   ((values, order, keys),) = seen
   np.testing.assert_array_equal(order, jnp.tile(validation, (4, 1)))
   trial_of = [one["learning_rate"] for one in values]
@@ -85,6 +88,22 @@ def test_tuning_takes_the_trial_of_the_best_accuracy(monkeypatch, accuracy, loss
   # All trials of a sequence draw the same batches.
   drawn = np.asarray(jax.random.key_data(keys)).reshape(4, 2, -1)
   assert (drawn == drawn[0]).all() and (drawn[0, 0] != drawn[0, 1]).any()
+
+
+@pytest.mark.parametrize(
+  ("accuracy", "base_loss", "best"),
+  [
+    ([0.80, 0.795, 0.78], [3.0, 2.0, 1.0], 1),  # near enough, and the base model keeps more
+    ([0.80, 0.795, 0.791], [3.0, np.nan, 4.0], 0),  # what is left of it has to be finite
+    ([0.80, 0.795, 0.795], [3.0, 2.0, 2.0], 1),  # of equals, the lowest loss
+    ([0.795, 0.80, 0.78], [2.0, 1.0, 3.0], 1),
+  ],
+)
+def test_of_trials_nearly_as_accurate_the_base_model_decides(accuracy, base_loss, best):
+  loss = np.asarray([1.0, 0.5, 0.6])
+  ranked = lambda tolerance: continual_tuning.ranked(np.asarray(accuracy), loss, np.asarray(base_loss), tolerance)
+  assert ranked(0.01)[0] == best and ranked(0.0)[0] == np.argmax(accuracy)
+  assert sorted(ranked(0.01)) == [0, 1, 2]
 
 
 def test_each_method_has_its_hyperparameters_and_memories_their_own():
@@ -178,7 +197,7 @@ def test_filling_up_a_group_changes_nothing(whole):
 
 def test_the_row_of_a_method_sums_up_its_matrices(whole, tmp_path):
   entry = tiny_entry("memory")
-  files.write_json(tmp_path / "values.json", VALUES)
+  files.write_json(tmp_path / "trials.json", [{"values": VALUES}])
   found = continual._row(tiny_setting(), entry, 0, tmp_path)
   losses, row = whole.matrix("loss"), found["row"]
   each = [metrics.continual_loss(one, start) for one, start in zip(losses, np.asarray(whole.before.loss), strict=True)]
@@ -193,7 +212,7 @@ def test_the_row_of_a_method_sums_up_its_matrices(whole, tmp_path):
 
 def test_a_method_that_diverges_has_a_row_with_finite_accuracies(tmp_path):
   entry = tiny_entry("memory")
-  files.write_json(tmp_path / "values.json", {"learning_rate": 3e38, "eps": 1e-8})
+  files.write_json(tmp_path / "trials.json", [{"values": {"learning_rate": 3e38, "eps": 1e-8}}])
   found = continual._row(tiny_setting(), entry, 0, tmp_path)
   row = found["row"]
   assert row["base_loss_change"] is None and "not finite" in continual._summary(row)

@@ -218,7 +218,7 @@ def test_variants_are_whole_configs(variant):
   config_lib.check(config)
   assert "memory" in continual_methods.chosen(config)
   num_tasks = len(classification.ORDERS.get(variant, config.continual.files))
-  assert config.memory.num_slots == num_tasks * config.continual.written_rows
+  assert config.memory.num_slots - config.memory.num_shared == num_tasks * config.continual.written_rows
   with pytest.raises(ValueError, match=r"No variant 'long_4'.*long_3"):
     continual_real.get_config("long_4")
 
@@ -230,7 +230,8 @@ def test_the_tasks_of_the_small_comparison_are_of_many_kinds_of_text():
   config.length, config.budget_tokens = 600, 4 * 600
   found = continual_tasks.read(config, TOKENIZER)
   assert len(set(found.stream.names)) == 8 and found.stream.order.shape == (3, 8) and found.validation.shape == (1, 8)
-  assert found.training is None and np.asarray(found.stream.test["loss_mask"]).sum(axis=-1).max(axis=-1).min() > 1
+  assert np.asarray(found.stream.test["loss_mask"]).sum(axis=-1).max(axis=-1).min() > 1
+  assert len(found.training.names) == 12 and set(found.training.names).isdisjoint(found.stream.names)
 
 
 def flags(files, base_path, workdir):

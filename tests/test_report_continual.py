@@ -18,11 +18,19 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a plot without 
 _EVIL = "<script>alert(1)</script> & $x"
 
 
+def _outcome(accuracy):
+  return {"accuracy": accuracy, "loss": None, "base_loss": accuracy}
+
+
 def _row(name, group, final):
   matrix = [[0.75, 0.125, 0.0], [0.5, 0.75, 0.25], [final, final, final]]
   return {
     **{"name": name, "group": group, "trained_parameters": 11776, "stored_rows": 2048, "trials": 12},
     "values": {"learning_rate": 0.00325, "rank": 8, "schedule": "cosine"},
+    "tried": [
+      {"values": {"learning_rate": 0.00325, "rank": 8, "schedule": "cosine"}, **_outcome(0.8125)},
+      {"values": {"learning_rate": 0.5, "rank": 8, "schedule": "linear"}, **_outcome(None)},
+    ],
     "accuracy": {
       "average_accuracy": [final, final - 0.0625, final + 0.125],
       "backward_transfer": [-0.25, -0.375, 0.0],
@@ -49,7 +57,13 @@ def _joint():
   row = _row("joint training", "upper bound", 0.9375)
   for measure, kept in (("accuracy", "average_accuracy"), ("loss", "average_loss")):
     row[measure] = {name: entry if name == kept else None for name, entry in row[measure].items()}
-  return {**row, "matrix": {"accuracy": None, "loss": None}, "base_loss": None, "values": {}}
+  return {
+    **row,
+    "matrix": {"accuracy": None, "loss": None},
+    "base_loss": None,
+    "values": {},
+    "tried": [{"values": {}, **_outcome(0.9375)}],
+  }
 
 
 def _memory():
@@ -100,7 +114,8 @@ def test_the_page_holds_the_numbers(tmp_path):
   shown += ["25.0 18.8 to 37.5", "-25.0 -37.5 to +0.0", "31.2 25.0 to 50.0", "87.5 81.2 to 93.8", "+3.4 +0.0 to +6.2"]
   shown += ["+1.23 +0.00 to +2.00", "2,048", "11,776", "+6.1 -12.5 to +25.0", "upper bound"]
   shown += ["1.250 1.125 to 1.375", "-0.500 -0.625 to -0.375", "0.562 0.500 to 0.625", "0.438 0.375 to 0.500"]
-  shown += ["learning_rate 0.00325, rank 8, schedule cosine", "99", "361 slots", "77", "0.188", "QYab:ba"]
+  shown += ["learning_rate 0.00325, rank 8, schedule cosine", "schedule linear"]
+  shown += ["81.2 0.812 99", "93.8 0.938", "361 slots", "77", "0.188", "QYab:ba"]
   for words in shown:
     assert words in text, words
   assert "93.8 87.5 to 106.2 – – – – +1.23" in text  # joint training

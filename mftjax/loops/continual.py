@@ -101,10 +101,11 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
   """A method's row of the table, the figures of each sequence, and what its memory holds."""
   config, stream = setting.config, setting.stream
   start = time.monotonic()
-  kept = folder / "values.json"
+  kept = folder / "trials.json"
   if not kept.exists():
     files.write_json(kept, continual_tuning.tuned(setting, found, config.seed + number))
-  values = json.loads(kept.read_text())
+  trials = json.loads(kept.read_text())
+  values = trials[0]["values"]
   count = len(stream.order)
   keys = jax.vmap(jax.random.key)(jnp.arange(count))
   runs = continual_runs.in_groups(setting, found, [{**found.fixed, **values}] * count, stream.order, keys, folder)
@@ -120,7 +121,8 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     "trained_parameters": sum(x.size for x in jax.tree.leaves(found.setup.params)),
     "stored_rows": sequence.stored_rows(found.method.stored_fraction, config.continual.train_rows)
     * (stream.num_tasks - 1),
-    "trials": config.continual.num_trials,
+    "trials": len(trials),
+    "tried": trials,
     "values": values,
     "accuracy": summed(figures["accuracy"]),
     "loss": summed(figures["loss"]),

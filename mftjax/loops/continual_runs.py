@@ -12,7 +12,7 @@ import numpy as np
 from mftjax import checkpoint, sft
 from mftjax import config as config_lib
 from mftjax.baselines import continual as methods_lib
-from mftjax.loops import answering, continual_methods, episode, learnt_memory, sequence
+from mftjax.loops import continual_methods, episode, learnt_memory, sequence
 from mftjax.loops import task as task_lib
 from mftjax.loops.continual_setting import Setting
 
@@ -52,7 +52,8 @@ def entry(setting: Setting, name: str, memories: Mapping[str, Any]) -> Entry:
     fixed |= memories["values"]
     rates = tuple(memories["values"]["learning_rate"] * factor for factor in (0.25, 4.0))
   space = {"learning_rate": ("log", rates), **method.hyperparameters}
-  programs = sequence.build(setup, method, answering.with_inputs(setup, setting.stream), setting.run)
+  stream = setting.memory_stream if method.trained == "memory" else setting.stream
+  programs = sequence.build(setup, method, stream, setting.run)
   return Entry(name, method, setup, fixed, space, programs)
 
 

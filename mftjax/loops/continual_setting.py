@@ -13,7 +13,7 @@ from mftjax import config as config_lib
 from mftjax import errors, models, types
 from mftjax.baselines import continual as methods_lib
 from mftjax.data import sequences
-from mftjax.loops import base_model, continual_methods, continual_tasks, sequence
+from mftjax.loops import answering, base_model, continual_methods, continual_tasks, sequence
 from mftjax.loops import task as task_lib
 from mftjax.models import slots
 
@@ -41,15 +41,29 @@ class Setting:
       trained: "full", "lora" or "memory".
       num_rows: slots that a memory is open to; `config.continual.written_rows` by default.
     """
-    config, model = self.config, nnx.merge(*self.base)
-    _add(model, config, trained)
     if trained == "memory":
-      nnx.jit(functools.partial(_address, config=config))(model, self.background)
+      model = nnx.merge(*self._with_memory, copy=True)
       for memory in model.memories():
-        memory.open(min(num_rows or config.continual.written_rows, memory.num_slots))
+        memory.open(min(num_rows or self.config.continual.written_rows, memory.num_slots))
+    else:
+      model = nnx.merge(*self.base)
+      _add(model, self.config, trained)
     parts: Any = nnx.split(model, _TRAINED[trained], methods_lib.memory.HELD, ...)
     graphdef, params, held, frozen = parts
     return methods_lib.Setup(graphdef, params, held, frozen, self.stream.num_tasks, self.background)
+
+  @functools.cached_property
+  def _with_memory(self) -> tuple[Any, Any]:
+    """The base model with a memory that no task has written yet, taken apart."""
+    model = nnx.merge(*self.base)
+    _add(model, self.config, "memory")
+    nnx.jit(functools.partial(_address, config=self.config))(model, self.background)
+    return nnx.split(model)
+
+  @functools.cached_property
+  def memory_stream(self) -> sequences.Stream:
+    """The sequences to judge on with what a memory is read with, where the frozen model alone says that."""
+    return answering.with_inputs(self.setup("memory"), self.stream)
 
 
 def _address(model: models.Decoder, rows: types.Batch, config: ml_collections.ConfigDict) -> None:

@@ -89,6 +89,11 @@ def need_object(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
   return found
 
 
+def count(value: Any) -> str:
+  """A number without decimals, in groups of thousands; a dash where there is none."""
+  return f"{value:,.0f}" if is_finite(value) else "–"
+
+
 def is_finite(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
