@@ -64,7 +64,7 @@ def get_config(variant="small"):
     config.retention.steps_per_task = 2
     config.retention.num_sequences = 4
     config.retention.test_rows = 2
-    config.retention.base_rows = 4
+    config.retention.update(base_rows=4, base_pool=8)
     config.retention.written_rows = 16
     config.checkpoint_every = 3
   elif variant in ("small", "full", "facts"):
@@ -74,7 +74,7 @@ def get_config(variant="small"):
     config.continual.memory_learning_rates = config.continual.lora_learning_rates
     config.continual.update(base_rows=256, background_rows=4096, num_trials=5, num_validation=2, at_once=5)
     config.budget_tokens = 24 * 8 * 28
-    config.retention.update(learning_rate=0.01, matching_steps=400, outer_steps=60)
+    config.retention.update(learning_rate=0.003, matching_steps=400, outer_steps=60)
     config.retention.update(steps_per_task=12, base_weight=20.0, num_sequences=60)
     if variant == "small":
       config.continual.methods = (

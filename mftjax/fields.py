@@ -270,7 +270,7 @@ FIELDS: dict[str, Field] = {
     0, "steps before these, in which queries learn to find a task's slots (write_rule new)", **_at_least(0)
   ),
   "retention.matching_learning_rate": Field(3e-3, "of the Adam of these steps", **_above(0)),
-  "retention.matching_base_weight": Field(5.0, "of the base model's data in their loss", **_at_least(0)),
+  "retention.matching_base_weight": Field(20.0, "of the base model's data in their loss", **_at_least(0)),
   "retention.files": Field((), "jsonl files of other tasks, to meta-train on (source files, benchmark)", **_PATHS),
   "retention.templates": Field((), "as continual.templates, of these files", **_PAIRS),
   "retention.episodes": Field(4, "sequences in an outer step", **_at_least(1)),
@@ -279,6 +279,7 @@ FIELDS: dict[str, Field] = {
   "retention.num_sequences": Field(100, "sequences to meta-train on", **_at_least(1)),
   "retention.test_rows": Field(8, "rows of each task in the outer loss", **_at_least(1)),
   "retention.base_rows": Field(64, "rows of the base model's data in the outer loss", **_at_least(1)),
+  "retention.base_pool": Field(1024, "rows that these are drawn from, anew in each outer step", **_at_least(1)),
   "retention.base_weight": Field(1.0, "of the base model's data in the outer loss", **_at_least(0)),
   "retention.written_rows": Field(2048, "slots that an episode may write", **_at_least(1)),
   "retention.learning_rate": Field(1e-2, "of the outer Adam, on the memory", **_above(0)),

@@ -62,7 +62,7 @@ def _procedural_training(config: ml_collections.ConfigDict) -> sequences.Stream:
     rng = np.random.default_rng([config.seed, number])
     drawn = rng.choice(kinds, size=options.tasks_per_episode).tolist()
     made.append(sequences.sample("train", drawn, config.seed * 100_000 + number))
-  base = sequences.base_rows(config.length, options.base_rows, 3)
+  base = sequences.base_rows(config.length, options.base_pool, 3)
   return sequences.build(made, base, config.length, config.continual.train_rows, options.test_rows, config.seed + 1)
 
 
@@ -79,13 +79,12 @@ def _real(config: ml_collections.ConfigDict, tokenizer: Any) -> Tasks:
   else:
     tasks, orders = _benchmark(config, tokenizer)
   validation = real_sequences.drawn(orders, options.num_validation, config.seed + 1, orders)
-  base, background = _base_rows(config, tokenizer, base_path)
+  base, background, outer_base = _base_rows(config, tokenizer, base_path)
   sizes = options.train_rows, options.test_rows
   stream, tuned_on = real_sequences.build(tasks, orders, validation, base, *sizes)
   training = None
   if continual_methods.needs_training(config):
     known = _from_files(config, tokenizer, others, config.retention.templates, "retention")
-    outer_base = {name: rows[: config.retention.base_rows] for name, rows in background.items()}
     training = real_sequences.sampled(
       known,
       config.retention.num_sequences,
@@ -182,21 +181,21 @@ def _training_files(config: ml_collections.ConfigDict, judged: dict[pathlib.Path
   return tuple(options.files)
 
 
-def _base_rows(
-  config: ml_collections.ConfigDict, tokenizer: Any, path: pathlib.Path
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """`[base_rows, length]` rows held out, and `[background_rows, length]` others, in turns from the whole file."""
+def _base_rows(config: ml_collections.ConfigDict, tokenizer: Any, path: pathlib.Path) -> list[dict[str, jax.Array]]:
+  """Rows held out, others for the background, and others for the outer loss if there is one; in turns from the file."""
   where, options = "config.continual.base_path", config.continual
-  total = options.base_rows + options.background_rows
+  pool = config.retention.base_pool if continual_methods.needs_training(config) else 0
+  counts = [options.base_rows, options.background_rows, pool]
   rows: tokens.Rows = sources.load_rows(
     {"path": str(path)}, tokenizer, config.length, where=where, truncate_side=config.truncate_side
   )
+  total = sum(counts)
   if len(rows.tokens) < total:
     raise errors.InputError(
-      f"{where}: {path} makes {len(rows.tokens)} rows of {config.length} tokens, fewer than "
-      f"config.continual.base_rows + background_rows = {options.base_rows} + {options.background_rows}."
+      f"{where}: {path} makes {len(rows.tokens)} rows of {config.length} tokens, fewer than continual.base_rows + "
+      f"continual.background_rows + retention.base_pool = {' + '.join(map(str, counts))}."
     )
   spread = np.arange(total) * len(rows.tokens) // total
-  is_held_out = np.diff(np.arange(total + 1) * options.base_rows // total) > 0
-  held_out, background = (real_sequences.arrays(rows.take(spread[part])) for part in (is_held_out, ~is_held_out))
-  return held_out, background
+  part = np.repeat(np.arange(len(counts)), counts)
+  turn = np.argsort(np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts]), kind="stable")
+  return [real_sequences.arrays(rows.take(spread[part[turn] == number])) for number in range(len(counts))]

@@ -55,6 +55,11 @@ def meta_train(
 
   @jax.jit
   def outer_step(frozen, rows, meta_params, opt_state, key):
+    draw_key, base_key, run_key = jax.random.split(key, 3)
+    # Others in each step: a memory learns a few rows by heart, and reads tasks' slots for the rest.
+    pool = len(rows["base"]["tokens"])
+    base = jax.random.choice(base_key, pool, (min(options.base_rows, pool),), replace=False)
+    rows = {**rows, "base": {name: values[base] for name, values in rows["base"].items()}}
     one = functools.partial(
       episode.value_and_grad,
       config,
@@ -62,7 +67,6 @@ def meta_train(
       dataclasses.replace(stream, **rows),
       meta_params,
     )
-    draw_key, run_key = jax.random.split(key)
     drawn = jax.random.choice(draw_key, len(stream.order), (options.episodes,), replace=False)
     losses, grads, metrics = jax.vmap(one)(stream.order[drawn], jax.random.split(run_key, options.episodes))
     count = jnp.maximum(jnp.sum(metrics["is_finite"]), 1)
