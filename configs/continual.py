@@ -2,8 +2,8 @@
 
 python -m experiments.continual --config=configs/continual.py:small --workdir=runs/continual
 
-Variants: `small`, a memory whose slots hold adapters against six other methods; `full`, all methods and a longer
-meta-training; `facts`, likewise on eight tasks of facts alone, as many as there are names for; `values`, a memory whose
+Variants: `small`, a memory whose slots hold adapters against six other methods; `full`, all methods, tuned on two
+sequences; `facts`, likewise on eight tasks of facts alone, as many as there are names for; `values`, a memory whose
 slots hold values that the last layer reads; `tiny`, that for tests.
 """
 
@@ -74,7 +74,7 @@ def get_config(variant="small"):
     config.continual.memory_learning_rates = config.continual.lora_learning_rates
     config.continual.update(base_rows=256, background_rows=4096, num_trials=5, num_validation=2, at_once=5)
     config.budget_tokens = 24 * 8 * 28
-    config.retention.update(learning_rate=0.003, matching_steps=400, outer_steps=60)
+    config.retention.update(learning_rate=0.003, matching_steps=400, outer_steps=30)
     config.retention.update(steps_per_task=12, base_weight=20.0, num_sequences=60)
     if variant == "small":
       config.continual.methods = (
@@ -87,7 +87,6 @@ def get_config(variant="small"):
         "memory, meta-learned",
       )
       config.continual.num_validation = 1
-      config.retention.outer_steps = 30
     if variant == "facts":
       config.continual.kinds = ("facts",) * 8
   elif variant != "values":

@@ -247,15 +247,13 @@ FIELDS: dict[str, Field] = {
   ),
   "continual.num_validation": Field(2, "other sequences that every method is tuned on", **_at_least(1)),
   "continual.num_trials": Field(8, "trials of each method's tuning", **_at_least(1)),
-  "continual.accuracy_tolerance": Field(
-    0.01, "trials so near to the best are chosen among by what is left of the base model's ability", **_at_least(0)
-  ),
   "continual.at_once": Field(8, "runs that a program goes through at once", **_at_least(1)),
   "continual.train_rows": Field(32, "training rows of each task", **_at_least(1)),
   "continual.test_rows": Field(16, "test rows of each task", **_at_least(1)),
   "continual.base_rows": Field(128, "held-out rows of the base model's own data", **_at_least(1)),
   "continual.background_rows": Field(128, "other rows of that data, by which memories are addressed", **_at_least(1)),
   "continual.base_steps": Field(6000, "steps that the small base model is trained for", **_at_least(1)),
+  "continual.keep_models": Field(False, "saves each method's model after the first sequence, in methods/NAME/model"),
   "continual.write_rule": Field(
     "new",
     "slots that a task may write: new, a block of its own; sparse, by TF-IDF; all",

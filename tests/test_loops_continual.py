@@ -9,13 +9,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import ROOT
 
 from configs import continual as continual_config
-from mftjax import errors, files, metrics, sft
+from mftjax import errors, files, metrics, models, sft
 from mftjax.loops import continual, continual_methods, continual_runs, continual_tuning, retention, sequence
 from tests.test_loops_sequence import tiny_setting
 
@@ -90,22 +91,6 @@ def test_tuning_takes_the_trial_of_the_best_accuracy(monkeypatch, accuracy, loss
   assert (drawn == drawn[0]).all() and (drawn[0, 0] != drawn[0, 1]).any()
 
 
-@pytest.mark.parametrize(
-  ("accuracy", "base_loss", "best"),
-  [
-    ([0.80, 0.795, 0.78], [3.0, 2.0, 1.0], 1),  # near enough, and the base model keeps more
-    ([0.80, 0.795, 0.791], [3.0, np.nan, 4.0], 0),  # what is left of it has to be finite
-    ([0.80, 0.795, 0.795], [3.0, 2.0, 2.0], 1),  # of equals, the lowest loss
-    ([0.795, 0.80, 0.78], [2.0, 1.0, 3.0], 1),
-  ],
-)
-def test_of_trials_nearly_as_accurate_the_base_model_decides(accuracy, base_loss, best):
-  loss = np.asarray([1.0, 0.5, 0.6])
-  ranked = lambda tolerance: continual_tuning.ranked(np.asarray(accuracy), loss, np.asarray(base_loss), tolerance)
-  assert ranked(0.01)[0] == best and ranked(0.0)[0] == np.argmax(accuracy)
-  assert sorted(ranked(0.01)) == [0, 1, 2]
-
-
 def test_each_method_has_its_hyperparameters_and_memories_their_own():
   fixed = {name: tiny_entry(name).fixed for name in ("memory", "A-GEM", "sequential full")}
   options = tiny_setting().config.continual
@@ -149,6 +134,21 @@ def test_a_run_has_a_matrix_and_what_each_task_wrote(whole):
   # A task's own loss falls when it is learnt.
   before = np.asarray(whole.before.loss)
   assert whole.matrix("loss")[:, 0, 0].mean() < before[:, 0].mean()
+
+
+def test_the_model_that_is_kept_is_the_one_that_was_judged(whole, tmp_path):
+  setting, entry = tiny_setting(), tiny_entry("memory")
+  models.save(continual_runs.first_model(entry, whole, entry.fixed | VALUES), None, tmp_path / "model")
+  kept, _ = models.load(tmp_path / "model")
+  for rows, wanted in (
+    (setting.stream.base, whole.after[-1].base_loss[0]),
+    ({name: x[setting.stream.order[0, 0]] for name, x in setting.stream.test.items()}, whole.after[-1].loss[0, 0]),
+  ):
+    batch = sequence.as_batch(rows)
+    mask = sft.target_mask(batch)
+    logits = kept(batch.tokens, batch.segment_ids, batch.positions)[:, :-1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
+    assert float((losses * mask).sum() / mask.sum()) == pytest.approx(float(wanted), rel=1e-4)
 
 
 class Killed(Exception):
@@ -261,8 +261,13 @@ ADAPTERS = (
 @pytest.mark.slow
 def test_a_memory_of_adapters_as_a_user_starts_it(tmp_path):
   methods = "--config.continual.methods=('memory', 'memory, meta-learned', 'sequential LoRA')"
-  done = command(tmp_path / "run", "--config.continual.base_steps=2", *ADAPTERS, methods)
+  keep = "--config.continual.keep_models=True"
+  done = command(tmp_path / "run", "--config.continual.base_steps=2", *ADAPTERS, methods, keep)
   assert done.returncode == 0, done.stderr
+  kept = {path.parent.name: models.load(path)[0] for path in (tmp_path / "run" / "methods").glob("*/model")}
+  assert {name: model.adapters is not None for name, model in kept.items()} == {
+    **{"memory": True, "memory__meta_learned": True, "sequential_LoRA": False}
+  }
   result = json.loads((tmp_path / "run" / "continual.json").read_text())
   rows = {row["name"]: row for row in result["rows"]}
   # What a task writes is as large as the LoRA that other methods train.

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 from flax import nnx
 
 from mftjax import models
@@ -164,7 +166,7 @@ def test_generation_with_its_cache_uses_the_adapters_too(layer):
   np.testing.assert_array_equal(np.argmax(apply(model, whole)[0, 4:-1], axis=-1), new)
 
 
-def test_what_does_not_go_together_is_refused(tmp_path):
+def test_what_does_not_go_together_is_refused():
   adapters = lambda model: models.Adapters(model.layers, 1, 2, 3, 6.0, TARGETS, rngs=nnx.Rngs(2))
   memory = lambda **options: models.Memory(2, 32, 4, 1, **options, rngs=nnx.Rngs(1))
   model = make()
@@ -194,5 +196,24 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     memory(context_dim=-1)
   with pytest.raises(InputError, match="before the last MLP"):
     attached().before_last_mlp(ROW, jnp.ones_like(ROW), jnp.zeros_like(ROW))
-  with pytest.raises(InputError, match="cannot be saved"):
-    models.save(attached(), None, tmp_path / "saved")
+
+
+def test_a_saved_model_keeps_what_its_tasks_wrote(tmp_path):
+  model = attached()
+  write(model, 0, 3)
+  model.adapters.fold()
+  write(model, 1, 4)  # still open
+  models.save(model, None, tmp_path / "saved")
+  found, _ = models.load(tmp_path / "saved")
+  np.testing.assert_allclose(apply(found, ROW), apply(model, ROW), atol=1e-6)
+  assert np.abs(apply(found, ROW) - apply(make(), ROW)).max() > 1e-3
+  assert int(model.adapters.block[...]) == 1  # the saved model itself stays as it was
+  write(found, 0, 5)  # and learns the next task
+  assert np.abs(apply(found, ROW) - apply(model, ROW)).max() > 1e-3
+  file = tmp_path / "saved" / "memory.safetensors"
+  with safetensors.safe_open(file, framework="numpy") as opened:
+    metadata, kept = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+  del kept["adapters.stored.q_proj_lora_a"]
+  safetensors.numpy.save_file(kept, file, metadata=metadata)
+  with pytest.raises(InputError, match=r"memory.safetensors: tensor adapters.stored.q_proj_lora_a is missing"):
+    models.load(tmp_path / "saved")

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import command, files, metrics
+from mftjax import command, files, metrics, models
 from mftjax.loops import (
   answering,
   continual_methods,
@@ -131,6 +131,8 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     "base_loss": None if is_joint else _listed(base_loss.mean(axis=1)),
     "seconds": time.monotonic() - start,
   }
+  if config.continual.keep_models:
+    models.save(continual_runs.first_model(found, runs, {**found.fixed, **values}), setting.tokenizer, folder / "model")
   view = None
   if found.method.trained == "memory":
     view = learnt_memory.view(found.setup, runs.final, runs.written, stream, setting.tokenizer)

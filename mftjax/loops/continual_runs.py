@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mftjax import checkpoint, sft
+from mftjax import checkpoint, models, sft
 from mftjax import config as config_lib
 from mftjax.baselines import continual as methods_lib
 from mftjax.loops import continual_methods, episode, learnt_memory, sequence
@@ -117,6 +117,12 @@ def run(
         after.append(programs.measure(state, stacked, order))
       saved.save(state, after, {"task": number + 1, "steps": 0, "written": written})
   return Runs(before, after, written, state)
+
+
+def first_model(found: Entry, runs: Runs, values: Mapping[str, float]) -> models.Decoder:
+  """The model of the first run, after its last task."""
+  state = jax.tree.map(lambda x: x[0], runs.final)
+  return found.setup.merge(found.method.final(state.inner.params, state.carry, values))
 
 
 def in_groups(

@@ -31,11 +31,12 @@ def trials(space: Mapping[str, tuple[str, tuple[float, float]]], count: int, see
 def tuned(setting: Setting, found: continual_runs.Entry, seed: int) -> list[dict[str, Any]]:
   """The trials and what each came to over the validation sequences, the one to take first.
 
+  That is the one of the highest average accuracy, and of equals that of the lowest loss.
+
   Returns:
     For each its `values`, and `accuracy`, `loss` and `base_loss`, means after the last task; None is not finite.
   """
-  options = setting.config.continual
-  asked = trials(found.space, options.num_trials, seed)
+  asked = trials(found.space, setting.config.continual.num_trials, seed)
   count = len(setting.validation)
   values = [{**found.fixed, **one} for one in asked for _ in range(count)]
   order = jnp.tile(setting.validation, (len(asked), 1))
@@ -45,20 +46,9 @@ def tuned(setting: Setting, found: continual_runs.Entry, seed: int) -> list[dict
     name: np.asarray(getattr(last, name)).reshape(len(asked), -1).mean(axis=1)
     for name in ("accuracy", "loss", "base_loss")
   }
-  ranks = ranked(**figures, tolerance=options.accuracy_tolerance)
+  accuracy, loss = (np.nan_to_num(figures[name], nan=np.inf) for name in ("accuracy", "loss"))
+  accuracy = np.where(np.isinf(loss), 0.0, accuracy)
   number = lambda x: float(x) if np.isfinite(x) else None
-  return [{"values": asked[i], **{name: number(x[i]) for name, x in figures.items()}} for i in ranks]
-
-
-def ranked(accuracy: np.ndarray, loss: np.ndarray, base_loss: np.ndarray, tolerance: float) -> np.ndarray:
-  """`[num_trials]` trials, the one to take first.
-
-  Those whose accuracy is within the tolerance of the highest come first, among them those of the lower base loss, and
-  of equals those of the lower loss. A trial whose loss is not finite has an accuracy of 0.
-
-  Args:
-    accuracy, loss, base_loss: `[num_trials]`; the last is what is left of the base model's general ability.
-  """
-  accuracy = np.where(np.isfinite(loss), accuracy, 0.0)
-  loss, base_loss = (np.nan_to_num(x, nan=np.inf) for x in (loss, base_loss))
-  return np.lexsort((loss, base_loss, accuracy < accuracy.max() - tolerance))
+  return [
+    {"values": asked[i], **{name: number(x[i]) for name, x in figures.items()}} for i in np.lexsort((loss, -accuracy))
+  ]

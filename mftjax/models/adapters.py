@@ -65,6 +65,12 @@ class Adapters(nnx.Module):
         self.stored[name] = StoredAdapters(jnp.zeros((num_blocks, *value.shape), value.dtype))
     self.block = WrittenSlots(jnp.int32(NO_BLOCK))  # that is open
 
+  def settings(self) -> dict[str, Any]:
+    """What others of the same shapes are made of, beside layers and rngs."""
+    targets = [name.removesuffix("_lora_a") for name in self.start if lora.is_a(name)]
+    sizes = {"num_blocks": self.num_blocks, "block_size": self.block_size, "rank": self.rank}
+    return {**sizes, "alpha": self.scale * self.rank, "targets": targets}
+
   def open(self, block: jax.Array | int) -> None:
     """Opens a block, in place, with what it held before left out; the last one must be folded."""
     self.block[...] = jnp.int32(block)

@@ -12,10 +12,9 @@ import safetensors.numpy
 from flax import nnx
 
 from mftjax.errors import InputError, unknown_name
-from mftjax.models import gguf_tokenizer, lora, slots
+from mftjax.models import gguf_tokenizer, lora, memory_files
 from mftjax.models.decoder import Decoder
 from mftjax.models.layers import FAMILIES, DecoderConfig, layer_shapes
-from mftjax.models.memory import Memory
 
 # our name of a layer's parameter -> name in transformers, name in GGUF
 LAYER_NAMES = {
@@ -38,19 +37,6 @@ TOP_NAMES = {
   "final_norm": ("model.norm.weight", "output_norm.weight"),
   "head": ("lm_head.weight", "output.weight"),
 }
-MEMORY_SETTINGS = (
-  "num_slots",
-  "dim",
-  "key_dim",
-  "num_heads",
-  "top_k",
-  "product_keys",
-  "gated",
-  "qk_norm",
-  "null_cosine",
-  "context_dim",
-  "num_shared",
-)
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -91,7 +77,7 @@ def load(path_or_id: str | Path, gguf_file: str | None = None, dtype: Any = jnp.
     tensors |= {name: lambda opened=opened, name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
   model = _build(config, tensors, 0, str(folder))
   if (folder / "memory.safetensors").is_file():
-    _load_memory(model, folder / "memory.safetensors")
+    memory_files.load(model, folder / "memory.safetensors")
   return model, _tokenizer(folder) if any(folder.glob("tokenizer*")) else None
 
 
@@ -126,7 +112,7 @@ def save(model: Decoder, tokenizer: Any, directory: str | Path) -> None:
     config |= {name: value for name, value in ids.items() if value is not None}
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   if model.memory is not None:
-    _save_memory(model, folder / "memory.safetensors")
+    memory_files.save(model, folder / "memory.safetensors")
 
 
 def config_from_hf(values: Mapping[str, Any], dtype: Any, where: str) -> DecoderConfig:
@@ -316,43 +302,3 @@ def _config_from_gguf(fields: Mapping[str, Any], tensors: Mapping, dtype: Any, w
     "attention_bias": "blk.0.attn_q.bias" in tensors,
   }
   return config_from_hf(hf_values, dtype, where)
-
-
-def _save_memory(model: Decoder, file: Path) -> None:
-  memories = model.memories()
-  if model.adapters is not None:
-    raise InputError("A memory with adapters in its slots cannot be saved as a pretrained model.")
-  settings: list[dict[str, Any]] = []
-  tensors: dict[str, np.ndarray] = {}
-  for number, memory in enumerate(nnx.clone(memories)):
-    memory.fold()
-    settings.append({name: getattr(memory, name) for name in MEMORY_SETTINGS})
-    arrays = {name: x for name, x in slots.state(memory).items() if name not in ("delta", "written")}
-    prefix = "" if model.memory is memories[0] else f"{number}."
-    tensors |= {prefix + name: value for name, value in arrays.items()}
-  metadata = {
-    "settings": json.dumps(settings[0] if model.memory is memories[0] else settings),
-    "layers": json.dumps(model.memory_layers),
-    "placement": json.dumps(model.memory_placement),
-  }
-  safetensors.numpy.save_file(tensors, file, metadata=metadata)
-
-
-def _load_memory(model: Decoder, file: Path) -> None:
-  with safetensors.safe_open(file, framework="numpy") as opened:
-    metadata = opened.metadata() or {}
-    if not {"settings", "layers"} <= set(metadata):
-      raise InputError(f"{file} was not written by mftjax: its metadata lacks settings and layers.")
-    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-  settings = json.loads(metadata["settings"])
-  memories = [Memory(**one, rngs=nnx.Rngs(0)) for one in (settings if isinstance(settings, list) else [settings])]
-  for number, memory in enumerate(memories):
-    prefix = f"{number}." if isinstance(settings, list) else ""
-    arrays = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    # Files of before there were these hold none.
-    later = {"log_temperature": np.zeros(memory.num_heads), "query_bias": np.zeros(memory.query_bias.shape)}
-    slots.load(memory, later | arrays)
-  placement = json.loads(metadata.get("placement", '"after"'))
-  model.attach_memory(
-    memories if isinstance(settings, list) else memories[0], json.loads(metadata["layers"]), placement
-  )
