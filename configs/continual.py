@@ -2,7 +2,7 @@
 
 python -m experiments.continual --config=configs/continual.py:small --workdir=runs/continual
 
-Variants: `small`, a memory whose slots hold adapters against six other methods; `full`, all methods, tuned on two
+Variants: `small`, a memory whose slots hold adapters against six other methods; `full`, all methods, tuned on four
 sequences; `facts`, likewise on eight tasks of facts alone, as many as there are names for; `values`, a memory whose
 slots hold values that the last layer reads; `tiny`, that for tests.
 """
@@ -72,7 +72,7 @@ def get_config(variant="small"):
     config.memory.update(num_heads=1, key_dim=96, temperature=0.2, null_cosine=0.0)
     config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
     config.continual.memory_learning_rates = config.continual.lora_learning_rates
-    config.continual.update(base_rows=256, background_rows=4096, num_trials=5, num_validation=2, at_once=5)
+    config.continual.update(base_rows=256, background_rows=4096, num_trials=5, num_validation=4, at_once=5)
     config.budget_tokens = 24 * 8 * 28
     config.retention.update(learning_rate=0.003, matching_steps=400, outer_steps=30)
     config.retention.update(steps_per_task=12, base_weight=20.0, num_sequences=60)
