@@ -83,9 +83,8 @@ lint: $(VENV)/.installed-dev  ## ruff, rules and format
 types: $(VENV)/.installed-dev  ## mypy
 	$(BIN)/mypy
 
-# Two processes, since most of the time one core compiles; a file's tests share fixtures and stay together.
 unit: $(VENV)/.installed-dev  ## pytest
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 25
+	$(BIN)/python -m pytest -q
 
 format: $(VENV)/.installed-dev  ## ruff, writing the files
 	$(BIN)/ruff check --fix .
