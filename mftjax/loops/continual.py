@@ -106,9 +106,10 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     files.write_json(kept, continual_tuning.tuned(setting, found, config.seed + number))
   trials = json.loads(kept.read_text())
   values = trials[0]["values"]
+  whole = {**found.fixed, **values}
   count = len(stream.order)
   keys = jax.vmap(jax.random.key)(jnp.arange(count))
-  runs = continual_runs.in_groups(setting, found, [{**found.fixed, **values}] * count, stream.order, keys, folder)
+  runs = continual_runs.in_groups(setting, found, [whole] * count, stream.order, keys, folder)
   figures = _figures(found, runs)
   interval = lambda x: [float(np.mean(x)), *metrics.bootstrap_interval(x)] if np.isfinite(x).all() else None
   summed = lambda part: {name: None if x is None else interval(x) for name, x in part.items()}
@@ -132,7 +133,7 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     "seconds": time.monotonic() - start,
   }
   if config.continual.keep_models:
-    models.save(continual_runs.first_model(found, runs, {**found.fixed, **values}), setting.tokenizer, folder / "model")
+    models.save(continual_runs.first_model(found, runs, whole), setting.tokenizer, folder / "model")
   view = None
   if found.method.trained == "memory":
     view = learnt_memory.view(found.setup, runs.final, runs.written, stream, setting.tokenizer)

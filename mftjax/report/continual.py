@@ -146,20 +146,17 @@ def _shown(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
     "counts": [page.count(row[field]) for field in _COUNTS],
     "time": page.count(row["seconds"]),
     "change": _figure(row["base_loss_change"], *_PERCENT),
-    "tried": [(_values(trial["values"]), *_outcome(trial)) for trial in row["tried"]],
+    "tried": [_trial(trial) for trial in row["tried"]],
     "lines": {"learnt": learnt, "base": row["base_loss"]},
   }
 
 
-def _outcome(trial: Mapping[str, Any]) -> tuple[str, str]:
-  """A trial's accuracy in points, and the loss on the base model's data that it left."""
-  numbers = ("{:.1f}", 100.0, trial["accuracy"]), ("{:.3f}", 1.0, trial["base_loss"])
-  accuracy, base_loss = (form.format(factor * x) if page.is_finite(x) else "–" for form, factor, x in numbers)
-  return accuracy, base_loss
-
-
-def _values(values: Mapping[str, Any]) -> str:
-  return ", ".join(f"{name} {_value(value)}" for name, value in values.items()) or "–"
+def _trial(trial: Mapping[str, Any]) -> tuple[str, str, str]:
+  """A trial's values, its accuracy in points, and the loss on the base model's data that it left."""
+  values = ", ".join(f"{name} {_value(value)}" for name, value in trial["values"].items())
+  accuracy, _ = _figure((trial["accuracy"], None, None), "{:.1f}", 100.0)
+  base_loss, _ = _figure((trial["base_loss"], None, None), "{:.3f}", 1.0)
+  return values or "–", accuracy, base_loss
 
 
 def _value(value: Any) -> str:
