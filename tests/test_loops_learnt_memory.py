@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mftjax.loops import learnt_memory, sequence
+from mftjax.loops import continual_runs, learnt_memory, sequence
 from mftjax.models import lora
 from tests.test_loops_continual import tiny_entry, whole_run
 from tests.test_loops_sequence import tiny_setting
@@ -15,7 +15,8 @@ from tests.test_loops_sequence import tiny_setting
 def found():
   """`(view, runs)` of two runs on three tasks, the first of which is looked at."""
   setting, entry, runs = tiny_setting(), tiny_entry("memory"), whole_run()
-  return learnt_memory.view(entry.setup, runs.final, runs.written, setting.stream, setting.tokenizer), runs
+  model = continual_runs.first_model(entry, runs, entry.fixed)
+  return learnt_memory.view(model, runs.written, setting.stream, setting.tokenizer), runs
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,8 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     models.save(continual_runs.first_model(found, runs, whole), setting.tokenizer, folder / "model")
   view = None
   if found.method.trained == "memory":
-    view = learnt_memory.view(found.setup, runs.final, runs.written, stream, setting.tokenizer)
+    model = continual_runs.first_model(found, runs, whole)
+    view = learnt_memory.view(model, runs.written, stream, setting.tokenizer)
   sequences_of = {name: None if x is None else x.tolist() for name, x in figures["accuracy"].items()}
   return {"row": row, "sequences": sequences_of, "memory": view}
 

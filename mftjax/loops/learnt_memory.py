@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mftjax.baselines import continual
+from mftjax import models
 from mftjax.data import sequences
 from mftjax.loops import sequence
 from mftjax.models import lora
@@ -25,17 +25,21 @@ def changed(params: Any, held: Any) -> np.ndarray:
 
 
 def view(
-  setup: continual.Setup, state: Any, written: Sequence[np.ndarray], stream: sequences.Stream, tokenizer: Any
+  model: models.Decoder, written: Sequence[np.ndarray], stream: sequences.Stream, tokenizer: Any
 ) -> dict[str, Any]:
-  """The `memory` entry of `continual.json`, of the first run and its first memory.
+  """The `memory` entry of `continual.json`, of a model's first memory.
+
+  Args:
+    model: after the last task of the first run.
+    written: the slots that each of its tasks changed.
+    stream: the tasks.
+    tokenizer: of the model.
 
   Returns:
     `num_slots`; `tasks`; `slots_by_task`, how many slots each wrote; `usage` `[num_tasks, num_tasks]`, the part of each
     task's reads that falls on the slots that were last written by each; `overlap` `[num_tasks, num_tasks]`, the part of
     its reads that falls on slots that each wrote; `examples` of the slot that each task reads most.
   """
-  params, held = jax.tree.map(lambda x: x[0], (state.inner.params, state.carry["held"]))
-  model = setup.merge((params, held))
   memory = model.memories()[0]
   order, names = np.asarray(stream.order[0]), stream.names
   batches = [sequence.as_batch({name: values[pool] for name, values in stream.test.items()}) for pool in order]
