@@ -244,7 +244,9 @@ def reads(setup, batch, mask):
 
 
 def test_sparse_writes_what_tf_idf_ranks_first_and_leaves_the_rest(with_memory):
-  setup = with_memory
+  # Rows of eight tokens: whole ones read nearly all slots, and what the rest scores would hang on rounding.
+  short = jax.tree.map(lambda x: x[:, :8] if x.ndim > 1 else x, with_memory.background)
+  setup = dataclasses.replace(with_memory, background=short)
   method, now = memory.method("sparse"), task(0, 1)
   carry = {"held": setup.held}
   params, carry = jax.jit(lambda params, carry: method.begin(setup, params, carry, now, {}, None))(setup.params, carry)
