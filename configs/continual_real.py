@@ -74,7 +74,8 @@ def get_config(variant="smollm2"):
     config.continual.written_rows = 96
     config.memory.num_shared = 3000
     config.retention.files = tuple(str(smollm2.data_folder() / f"{name}.jsonl") for name in _OTHER_FILES)
-    config.retention.update(matching_steps=200, outer_steps=2, episodes=1, tasks_per_episode=2, steps_per_task=4)
+    config.retention.update(matching_steps=200, outer_steps=4, episodes=1, tasks_per_episode=2, steps_per_task=4)
+    config.retention.learning_rate = 3e-3
     config.retention.update(num_sequences=12, test_rows=8, base_rows=8, base_pool=64, base_weight=5.0)
     config.checkpoint_every = 8
   elif variant in classification.ORDERS:
