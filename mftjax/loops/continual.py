@@ -132,12 +132,13 @@ def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> d
     "base_loss": None if is_joint else _listed(base_loss.mean(axis=1)),
     "seconds": time.monotonic() - start,
   }
-  if config.continual.keep_models:
-    models.save(continual_runs.first_model(found, runs, whole), setting.tokenizer, folder / "model")
-  view = None
-  if found.method.trained == "memory":
+  view, has_memory = None, found.method.trained == "memory"
+  if has_memory or config.continual.keep_models:
     model = continual_runs.first_model(found, runs, whole)
-    view = learnt_memory.view(model, runs.written, stream, setting.tokenizer)
+    if has_memory:
+      view = learnt_memory.view(model, runs.written, stream, setting.tokenizer)
+    if config.continual.keep_models:
+      models.save(model, setting.tokenizer, folder / "model")
   sequences_of = {name: None if x is None else x.tolist() for name, x in figures["accuracy"].items()}
   return {"row": row, "sequences": sequences_of, "memory": view}
 
