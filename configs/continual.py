@@ -4,7 +4,8 @@ python -m experiments.continual --config=configs/continual.py:small --workdir=ru
 
 Variants: `small`, a memory whose slots hold adapters against six other methods; `full`, all methods, tuned on four
 sequences; `facts`, likewise on eight tasks of facts alone, as many as there are names for; `values`, a memory whose
-slots hold values that the last layer reads; `tiny`, that for tests.
+slots hold values that the last layer reads; `frozen`, the same where tasks train a LoRA and no slots; `tiny`, that of
+`values` for tests.
 """
 
 from mftjax import config as config_lib
@@ -89,6 +90,9 @@ def get_config(variant="small"):
       config.continual.num_validation = 1
     if variant == "facts":
       config.continual.kinds = ("facts",) * 8
+  elif variant == "frozen":
+    config.continual.write_rule = "frozen"
+    config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
   elif variant != "values":
-    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: small, full, facts, values, tiny.")
+    raise ValueError(f"No variant {variant!r} of configs/continual.py: small, full, facts, values, frozen or tiny.")
   return config

@@ -256,8 +256,8 @@ FIELDS: dict[str, Field] = {
   "continual.keep_models": Field(False, "saves each method's model after the first sequence, in methods/NAME/model"),
   "continual.write_rule": Field(
     "new",
-    "slots that a task may write: new, a block of its own; sparse, by TF-IDF; all",
-    **_one_of("new", "sparse", "all"),
+    "slots that a task may write: new, a block of its own; sparse, by TF-IDF; all; frozen, none, but a LoRA",
+    **_one_of("new", "sparse", "all", "frozen"),
   ),
   "continual.written_rows": Field(80, "slots that a task may write (write_rule new, sparse)", **_at_least(1)),
   "continual.full_learning_rates": Field((1e-4, 1e-2), "least and greatest that is tried, training every parameter"),
@@ -274,6 +274,12 @@ FIELDS: dict[str, Field] = {
   "retention.episodes": Field(4, "sequences in an outer step", **_at_least(1)),
   "retention.tasks_per_episode": Field(5, "tasks of a sequence", **_at_least(1)),
   "retention.steps_per_task": Field(24, "inner steps on each of them", **_at_least(1)),
+  "retention.stored_fraction": Field(
+    0.0,
+    "part of each task's rows that an episode keeps and replays, in a mixture that is learned; 0 is none",
+    lambda value: 0 <= value <= 1,
+    "in 0..1",
+  ),
   "retention.num_sequences": Field(100, "sequences to meta-train on", **_at_least(1)),
   "retention.test_rows": Field(8, "rows of each task in the outer loss", **_at_least(1)),
   "retention.base_rows": Field(64, "rows of the base model's data in the outer loss", **_at_least(1)),

@@ -17,7 +17,15 @@ from pages import ROOT
 
 from configs import continual as continual_config
 from mftjax import errors, files, metrics, models, sft
-from mftjax.loops import continual, continual_methods, continual_runs, continual_tuning, retention, sequence
+from mftjax.loops import (
+  continual,
+  continual_methods,
+  continual_runs,
+  continual_tuning,
+  episode,
+  retention,
+  sequence,
+)
 from tests.test_loops_sequence import tiny_setting
 
 SPACE = {"learning_rate": ("log", (1e-4, 1e-2)), "replayed": ("linear", (0.1, 0.8)), "decay": ("linear", (-1.0, 0.0))}
@@ -107,11 +115,26 @@ def test_each_method_has_its_hyperparameters_and_memories_their_own():
   assert ours.method.stored_fraction == 0.05 and ours.method.trained == "memory"
 
 
+def test_a_mixture_that_is_learnt_is_not_tuned():
+  config = tiny_setting().config.copy_and_resolve_references()
+  config.retention.stored_fraction = 0.1
+  meta_params = retention.init_meta_params(config, tiny_entry("memory").setup)
+  values = episode.hyperparameters(config, meta_params)
+  assert float(values["replayed"]) == pytest.approx(0.45)  # the middle of what is tuned
+  memories = {"meta": meta_params["memory"], "values": {name: float(x) for name, x in values.items()}}
+  ours = continual_runs.entry(tiny_setting(), "memory, meta-learned, replay 5 %", memories)
+  assert set(ours.space) == {"learning_rate"} and ours.fixed["replayed"] == values["replayed"]
+  assert "memory, meta-learned" not in continual_methods.chosen(config)
+  config.continual.methods = ("memory, meta-learned",)
+  with pytest.raises(errors.InputError, match="stored_fraction = 0"):
+    continual_methods.chosen(config)
+
+
 VALUES = {"learning_rate": 0.03}
 
 
-def run(entry, folder=None, order=None, values=VALUES):
-  setting = tiny_setting()
+def run(entry, folder=None, order=None, values=VALUES, setting=None):
+  setting = setting or tiny_setting()
   order = setting.stream.order if order is None else order
   keys = jax.vmap(jax.random.key)(jnp.arange(2))
   return continual_runs.run(setting, entry, [{**entry.fixed, **values}] * 2, order, keys, folder)
@@ -220,6 +243,23 @@ def test_a_method_that_diverges_has_a_row_with_finite_accuracies(tmp_path):
   assert all(np.isfinite(x).all() for x in row["loss"].values())
   assert row["matrix"]["loss"][2][0] is None and row["base_loss"][3] is None and row["base_loss"][0] > 0
   json.dumps(found, allow_nan=False)  # what other readers of JSON do not know
+
+
+@pytest.mark.slow
+def test_beside_a_frozen_memory_that_is_new_a_lora_learns_what_it_learns_without():
+  config = tiny_setting().config.copy_and_resolve_references()
+  config.continual.write_rule = "frozen"
+  setting = dataclasses.replace(tiny_setting(), config=config)
+  entry = continual_runs.entry(setting, "memory", {})
+  plain = tiny_entry("sequential LoRA")
+  assert entry.space == plain.space and entry.fixed == plain.fixed
+  found, wanted = run(entry, setting=setting), run(plain)
+  np.testing.assert_allclose(found.matrix("loss"), wanted.matrix("loss"), rtol=1e-5)
+  assert [slots.size for slots in found.written] == [0, 0, 0]
+  before = entry.setup.merge((entry.setup.params, entry.setup.held)).memories()[0]
+  after = continual_runs.first_model(entry, found, VALUES).memories()[0]
+  for name in ("keys", "values", "delta"):
+    np.testing.assert_array_equal(getattr(after, name)[...], getattr(before, name)[...])
 
 
 @pytest.mark.slow

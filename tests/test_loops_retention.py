@@ -48,11 +48,12 @@ def config():
   return config
 
 
-@pytest.fixture(scope="module", params=["sparse", "new", "adapters"])
+@pytest.fixture(scope="module", params=["sparse", "frozen", "new", "adapters", "replay"])
 def exact(request, config):
   """An episode in f64 with a memory that holds something and is all open: `(setup, stream, meta_params, value)`.
 
-  With a rule of writing into values, or with adapters, the last slots then being no task's.
+  With a rule of writing into values, with a LoRA beside slots that are frozen, or with adapters, the last slots then
+  being no task's; also with stored rows.
   """
   with jax.enable_x64(True):
     config = config.copy_and_resolve_references()
@@ -60,7 +61,9 @@ def exact(request, config):
     config.memory.top_k, config.memory.key_dim = 3, 4
     config.memory.update(product_keys=False, qk_norm=True, null_cosine=0.5)
     config.continual.write_rule, config.continual.written_rows = request.param, 8
-    if request.param == "adapters":
+    if request.param == "replay":
+      config.retention.stored_fraction = 0.15
+    if request.param in ("adapters", "replay"):
       config.continual.write_rule = "new"
       config.memory.update(placement="adapters", context=True, num_slots=20, num_shared=4, null_cosine=0.0)
       config.memory.temperature = 0.3
@@ -106,11 +109,12 @@ NAMES = ("learning_rate", "keys", "query", "log_temperature")
 OF_VALUES, OF_ADAPTERS = ("null_score", "values"), ("q_proj_lora_a", "down_proj_lora_b")
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OF_VALUES, *OF_ADAPTERS])
+@pytest.mark.parametrize("name", [*NAMES, *OF_VALUES, *OF_ADAPTERS, "mixture_logits"])
 def test_the_gradient_of_an_episode_is_its_slope(exact, name):
   config, _, _, meta_params, episode, (_, grad, _) = exact
   has_adapters = config.memory.placement == "adapters"
-  if name in (OF_VALUES if has_adapters else OF_ADAPTERS):
+  others = OF_VALUES if has_adapters else OF_ADAPTERS
+  if name in (others if config.retention.stored_fraction else (*others, "mixture_logits")):
     assert not any(name in lora.names_of(path) for path, _ in jax.tree.leaves_with_path(grad))
     return
   if name == "keys" and config.continual.write_rule == "new" and not has_adapters:
@@ -126,12 +130,20 @@ def test_the_gradient_of_an_episode_is_its_slope(exact, name):
   assert own[place] == pytest.approx(slope, rel=2e-4)
 
 
+def weighted_loss(setup, weights, batch, row_weights):
+  return (row_weights * sft.row_losses(setup.logits(weights, batch), batch)[0]).mean()
+
+
 def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
-  """The steps of `sequence`, with a new optimiser and a zero change for each task, on the episode's batches."""
+  """The steps of `sequence`, with a new optimiser and a zero change for each task, on the episode's batches.
+
+  What memories are read with is computed in each step; stored rows weigh by hand what the mixture says.
+  """
   config, setup, stream, meta_params, _, (loss, _, metrics) = exact
   order, steps = stream.order[1], config.retention.steps_per_task
   is_new = config.continual.write_rule == "new"
-  method = methods_lib.memory.method("new" if is_new else "all")
+  rule = config.continual.write_rule
+  method = methods_lib.memory.method("all" if rule == "sparse" else rule)
   if is_new:  # each task opens a block of its own
     model = setup.merge((setup.params, setup.held))
     model.memory.open(config.continual.written_rows)
@@ -144,11 +156,20 @@ def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
   with jax.enable_x64(True):
     values = episode_lib.hyperparameters(config, meta_params)
     data_key, _ = jax.random.split(jax.random.key(5))
-    shape = (len(order) * steps, config.batch_size)
-    row = jax.random.randint(data_key, shape, 0, stream.train["tokens"].shape[1])
+    shape, num_rows = (len(order) * steps, config.batch_size), stream.train["tokens"].shape[1]
+    number = np.arange(len(order)).repeat(steps)
+    of_row, row = number[:, None].repeat(config.batch_size, 1), jax.random.randint(data_key, shape, 0, num_rows)
+    weights = np.ones(shape)
+    if config.retention.stored_fraction:
+      of_row, row = episode_lib._with_past(config.retention.stored_fraction, number, of_row, row, num_rows, data_key)
+      is_past = of_row != number[:, None]
+      assert is_past[:steps].sum() == 0 and (is_past[steps:].sum(axis=1) == config.batch_size // 2).all()
+      assert row[is_past].max() < round(config.retention.stored_fraction * num_rows)
+      share = float(values["replayed"])
+      weights[steps:] = np.where(is_past[steps:], 2 * share, 2 * (1 - share))
     params, carry = setup.params, {"held": episode_lib.held(setup, meta_params["memory"])}
     problem = metagrad.Problem(
-      lambda params, carry, batch, rng: method.loss(setup, params, carry, batch, values),
+      lambda params, carry, batch, rng: weighted_loss(setup, (params, carry["held"]), *batch),
       None,
       lambda _: sft.optimizer(values, steps),
     )
@@ -158,8 +179,9 @@ def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
       params, carry = method.begin(setup, params, carry, task, values, None)
       state = metagrad.init(problem, None, params)
       for step in range(number * steps, (number + 1) * steps):
-        batch = sequence.as_batch({name: found[pool, row[step]] for name, found in stream.train.items()})
-        state = step_fn(state, carry, batch)
+        pools = order[of_row[step]]
+        batch = sequence.as_batch({name: found[pools, row[step]] for name, found in stream.train.items()})
+        state = step_fn(state, carry, (batch, weights[step]))
       assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state.params)) > 1e-3
       params, carry = method.end(setup, state.params, carry, None, values)
     losses = jax.jit(lambda rows: sft.row_losses(setup.logits((params, carry["held"]), rows), rows)[0].mean())
@@ -172,7 +194,7 @@ def test_an_episode_is_plain_runs_task_by_task_that_are_folded_in(exact):
 
 def test_an_episode_on_what_the_frozen_model_says_is_the_same(exact):
   config, setup, stream, meta_params, _, (loss, grad, metrics) = exact
-  if config.continual.write_rule == "sparse":
+  if config.continual.write_rule in ("sparse", "frozen"):
     assert not answering.is_possible(config, setup)
     return
   with jax.enable_x64(True):

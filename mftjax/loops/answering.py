@@ -23,14 +23,14 @@ _MOST_TOKENS = 1 << 16  # that go through the model at once
 def is_possible(config: ml_collections.ConfigDict, setup: continual.Setup) -> bool:
   """Whether cut rows give the losses of whole ones: nothing is asked of other tokens, and no lower layer has a memory.
 
-  The write rule `sparse` counts the reads of all tokens; adapters change lower layers too.
+  The write rule `sparse` counts the reads of all tokens; adapters and a LoRA change lower layers too.
   """
   model = setup.merge((setup.params, setup.held))
   is_last = model.memory_layers == (model.config.num_layers - 1,)
   return (
     is_last
     and model.adapters is None
-    and config.continual.write_rule != "sparse"
+    and config.continual.write_rule not in ("sparse", "frozen")
     and "prompt_loss_weight" not in config.hyperparameters
   )
 

@@ -27,6 +27,8 @@ def chosen(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   if config.continual.source != "procedural" and not config.retention.files:
     reason = "is trained on sequences of other tasks first: name files of theirs in config.retention.files."
     missing |= dict.fromkeys(_META_TRAINED, reason)
+  if config.retention.stored_fraction:
+    missing["memory, meta-learned"] = "keeps no rows: set config.retention.stored_fraction = 0."
   for name in names:
     if name in missing:
       raise errors.InputError(f"{name!r} in config.continual.methods {missing[name]}")
@@ -36,6 +38,11 @@ def chosen(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 def needs_training(config: ml_collections.ConfigDict) -> bool:
   """Whether a chosen method is trained on sequences of other tasks first."""
   return not set(_META_TRAINED).isdisjoint(chosen(config))
+
+
+def trained_of(kind: str, write_rule: str) -> str:
+  """What the inner steps of a kind of method train, "full", "lora" or "memory": beside a frozen memory, a LoRA."""
+  return "lora" if kind == "memory" and write_rule == "frozen" else kind
 
 
 def get(name: str, write_rule: str) -> continual.Method:

@@ -41,17 +41,18 @@ def entry(setting: Setting, name: str, memories: Mapping[str, Any]) -> Entry:
   method = continual_methods.get(name, options.write_rule)
   setup = setting.setup(method.trained)
   # The config's hyperparameters are those of writing into a memory.
-  fixed = dict(sft.DEFAULTS)
-  if method.trained == "memory":
+  fixed, trained = dict(sft.DEFAULTS), continual_methods.trained_of(method.trained, options.write_rule)
+  if trained == "memory":
     fixed = config_lib.default_hyperparameters(setting.config) | {"weight_decay": 0.0}
-  rates = tuple(options[f"{method.trained}_learning_rates"])
+  rates = tuple(options[f"{trained}_learning_rates"])
   if name == "memory, no outer loop":
     setup = dataclasses.replace(setup, held=episode.held(setup, memories["joint"]))
   if "meta-learned" in name:
     setup = dataclasses.replace(setup, held=episode.held(setup, memories["meta"]))
     fixed |= memories["values"]
     rates = tuple(memories["values"]["learning_rate"] * factor for factor in (0.25, 4.0))
-  space = {"learning_rate": ("log", rates), **method.hyperparameters}
+  space = {"learning_rate": ("log", rates)}
+  space |= {name: scale for name, scale in method.hyperparameters.items() if name not in fixed}  # or it is learned
   stream = setting.memory_stream if method.trained == "memory" else setting.stream
   programs = sequence.build(setup, method, stream, setting.run)
   return Entry(name, method, setup, fixed, space, programs)

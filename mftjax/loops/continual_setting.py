@@ -48,6 +48,7 @@ class Setting:
     else:
       model = nnx.merge(*self.base)
       _add(model, self.config, trained)
+    trained = continual_methods.trained_of(trained, self.config.continual.write_rule)
     parts: Any = nnx.split(model, _TRAINED[trained], methods_lib.memory.HELD, ...)
     graphdef, params, held, frozen = parts
     return methods_lib.Setup(graphdef, params, held, frozen, self.stream.num_tasks, self.background)
@@ -104,7 +105,7 @@ def build(config: ml_collections.ConfigDict) -> Setting:
 
 def _add(model: models.Decoder, config: ml_collections.ConfigDict, trained: str) -> None:
   """Gives the model what a kind of method trains, in place."""
-  if trained == "lora":
+  if continual_methods.trained_of(trained, config.continual.write_rule) == "lora":
     task_lib.attach_lora(model, config)
   if trained == "memory":
     if not config.memory.num_slots:

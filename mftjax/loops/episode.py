@@ -1,9 +1,10 @@
 """The meta-gradient through one sequence of tasks, by which a memory learns how to be addressed and written.
 
 An episode is a short sequence of tasks, learnt one after another with the very steps of `sequence`; the outer loss is
-that on all of them at its end, and on the base model's own data. No data of an earlier task is seen again. Its gradient
-flows back through the whole episode to keys, queries, gates, temperatures and values of the slots, and to the
-hyperparameters, so that writing the next task is learnt not to disturb the last ones.
+that on all of them at its end, and on the base model's own data. Its gradient flows back through the whole episode to
+keys, queries, gates, temperatures and values of the slots, and to the hyperparameters, so that writing the next task is
+learnt not to disturb the last ones. No data of an earlier task is seen again, unless `retention.stored_fraction` keeps
+rows of it: then the mixture of a task's own rows and stored ones is learnt by the same gradient.
 
 Source: the objective of online-aware meta-learning (Javed & White, 2019, "Meta-Learning Representations for Continual
 Learning", equation 2), with the slots' values in place of its prediction network.
@@ -55,7 +56,10 @@ def hyperparameters(config: ml_collections.ConfigDict, meta_params: Any) -> dict
   space = config_lib.space(config)
   # At the learning rates of a memory, the common weight decay would undo each write within a step.
   fixed = config_lib.default_hyperparameters(config) | {"weight_decay": 0.0}
-  return {**fixed, **space.constrain(meta_params["hyperparameters"])}
+  found = {**fixed, **space.constrain(meta_params["hyperparameters"])}
+  if "mixture_logits" in meta_params:
+    found["replayed"] = jax.nn.softmax(meta_params["mixture_logits"])[1]
+  return found
 
 
 def held(setup: continual.Setup, memory: Any) -> Any:
@@ -67,7 +71,7 @@ def held(setup: continual.Setup, memory: Any) -> Any:
 def num_open(config: ml_collections.ConfigDict) -> int:
   """Slots that an episode's memory is open to, by the rule of writing: those of all its tasks together."""
   rule, written = config.continual.write_rule, config.continual.written_rows
-  by_rule = {"new": config.retention.tasks_per_episode * written, "sparse": config.retention.written_rows}
+  by_rule = {"new": config.retention.tasks_per_episode * written, "sparse": config.retention.written_rows, "frozen": 1}
   return min(by_rule.get(rule, config.memory.num_slots), config.memory.num_slots)
 
 
@@ -83,7 +87,8 @@ def value_and_grad(
 
   Args:
     setup: of a memory that is open to `num_open` slots.
-    meta_params: `memory`, the state of its `MemoryParam`, and `hyperparameters`, unconstrained.
+    meta_params: `memory`, the state of its `MemoryParam`; `hyperparameters`, unconstrained; and with
+      `config.retention.stored_fraction` the `mixture_logits` `[2]` of a task's own rows and of stored ones.
     order: `[num_tasks]` pools of the stream.
     key: of the rows that are drawn.
 
@@ -95,8 +100,11 @@ def value_and_grad(
   length = num_tasks * options.steps_per_task
   data_key, run_key = jax.random.split(key)
   number = jnp.repeat(jnp.arange(num_tasks), options.steps_per_task)
+  task = jnp.repeat(number[:, None], config.batch_size, axis=1)
   row = jax.random.randint(data_key, (length, config.batch_size), 0, stream.train["tokens"].shape[1])
-  batches = jax.vmap(sequence.taken, (None, 0, 0))(stream.train, order[number], row), number, row
+  if options.stored_fraction:
+    task, row = _with_past(options.stored_fraction, number, task, row, stream.train["tokens"].shape[1], data_key)
+  batches = jax.vmap(sequence.taken, (None, 0, 0))(stream.train, order[task], row), number, task, row
 
   # What the tasks write stands one behind the other: slots in blocks, or an adapter for each.
   has_adapters = config.memory.placement == "adapters"
@@ -114,11 +122,16 @@ def value_and_grad(
     return _as_of(setup, found, number, config.continual.written_rows) if _is_new(config) else found
 
   def inner_loss(params, meta_params, batch, rng):
-    rows, number, row = batch
+    rows, number, task, row = batch
     if has_adapters:
-      rows = rows.replace(reads=meta_params["reads"]["train"][number, row])
+      rows = rows.replace(reads=_reads_of(meta_params["reads"], number, task, row))
+    logits = None
+    if options.stored_fraction:
+      has_past = number > 0
+      rows = rows.replace(source=(task != number).astype(jnp.int32), proposal=jnp.where(has_past, 0.5, rows.proposal))
+      logits = sft.masked_logits(meta_params["mixture_logits"], jnp.stack([True, has_past]))
     values = hyperparameters(config, meta_params)
-    return continual.sft_loss(setup, weights(params, meta_params, number), rows, values)
+    return continual.sft_loss(setup, weights(params, meta_params, number), rows, values, logits)
 
   def outer_loss(params, meta_params, batch, rng):
     tested, base = batch
@@ -149,6 +162,24 @@ def value_and_grad(
   return out.loss, many_tasks.clipped(grad, config.meta.clip_norm), {**out.metrics["aux"], "is_finite": is_finite}
 
 
+def _with_past(
+  stored_fraction: float, number: jax.Array, task: jax.Array, row: jax.Array, num_rows: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Tasks and rows `[num_steps, batch_size]` of an episode's batches, half of each now of rows stored of earlier tasks.
+
+  Half is the proposal alone; what they weigh is the mixture's.
+  """
+
+  def of_step(number, task, row, key):
+    place_key, past_key = jax.random.split(key)
+    past_task, past_row = sequence.past(number, stored_fraction, num_rows, len(row), past_key)
+    is_past = sequence.is_of_past(number, 0.5, len(row), place_key)
+    return jnp.where(is_past, past_task, task), jnp.where(is_past, past_row, row)
+
+  keys = jax.vmap(lambda step: jax.random.fold_in(key, step))(jnp.arange(len(number)))
+  return jax.vmap(of_step)(number, task, row, keys)
+
+
 def _is_new(config: ml_collections.ConfigDict) -> bool:
   return config.continual.write_rule == "new"
 
@@ -176,7 +207,7 @@ def _opened(
         continual.memory.place(model, place, rows, sequence.task_rows(stream, pool))
     carry = {"held": nnx.state(model, continual.memory.HELD)}
     if model.adapters is not None:
-      reads = _reads(model, stream, order, config.continual.written_rows)
+      reads = _reads(config, model, stream, order)
   elif config.continual.write_rule == "sparse":
     task = continual.Task(jnp.zeros((), jnp.int32), _of_tasks(stream.train, order))
     _, carry = continual.memory.choose(setup, setup.params, carry, task, None, None)
@@ -184,14 +215,17 @@ def _opened(
   return (memory, reads), written
 
 
-def _reads(model: models.Decoder, stream: sequences.Stream, order: jax.Array, num_rows: int) -> dict[str, jax.Array]:
+def _reads(
+  config: ml_collections.ConfigDict, model: models.Decoder, stream: sequences.Stream, order: jax.Array
+) -> dict[str, jax.Array]:
   """`block_weights` of an episode's rows, which no inner step changes, by a model in which all its tasks have keys.
 
   Returns:
-    `train` `[num_tasks, rows, length, num_blocks]`, each while its task is learnt; `test` `[num_tasks * rows, ...]` and
-    `base` `[rows, ...]`, after the last.
+    `train` `[num_tasks, rows, length, num_blocks]`, each while its task is learnt; where rows are stored, `past`
+    `[num_tasks, num_tasks * stored, ...]`, those of all tasks while each is learnt; `test` `[num_tasks * rows, ...]`
+    and `base` `[rows, ...]`, after the last.
   """
-  memory = model.memories()[0]
+  memory, num_rows = model.memories()[0], config.continual.written_rows
   all_keys = memory.keys[...]
 
   def weights(rows, number):
@@ -199,11 +233,26 @@ def _reads(model: models.Decoder, stream: sequences.Stream, order: jax.Array, nu
     return model.block_weights(continual.memory.read_with(model, 0, rows)[0][0])
 
   last = len(order) - 1
-  return {
+  found = {
     "train": jnp.stack([weights(sequence.task_rows(stream, pool), number) for number, pool in enumerate(order)]),
     "test": weights(_of_tasks(stream.test, order), last),
     "base": weights(sequence.as_batch(stream.base), last),
   }
+  if config.retention.stored_fraction:
+    stored = sequence.stored_rows(config.retention.stored_fraction, stream.train["tokens"].shape[1])
+    rows = _of_tasks({name: values[:, :stored] for name, values in stream.train.items()}, order)
+    found["past"] = jnp.stack([weights(rows, number) for number in range(len(order))])
+  return found
+
+
+def _reads_of(reads: dict[str, jax.Array], number: jax.Array, task: jax.Array, row: jax.Array) -> jax.Array:
+  """`[batch, length, num_blocks]` reads of rows `[batch]` of tasks `[batch]` while the task `number` is learnt."""
+  own = reads["train"][number, row]
+  if "past" not in reads:
+    return own
+  stored = reads["past"].shape[1] // len(reads["past"])
+  past = reads["past"][number, task * stored + jnp.minimum(row, stored - 1)]
+  return jnp.where((task == number)[:, None, None], own, past)
 
 
 def _keys_as_of(memory: models.Memory, keys: jax.Array, number: jax.Array | int, num_rows: int) -> jax.Array:

@@ -17,11 +17,13 @@ _NUM_EXAMPLES = 3  # that are shown of a slot
 def changed(params: Any, held: Any) -> np.ndarray:
   """Slots whose values the first run has changed since its last `fold`, of its first memory; ascending.
 
-  All that are open, where what is written is an adapter.
+  All that are open, where what is written is an adapter; none, where a LoRA is trained beside the memory.
   """
-  written = np.asarray(_leaf(held, "written"))[0]
-  delta = _leaf(params, "delta")
-  return written if delta is None else written[np.any(np.asarray(delta)[0] != 0, axis=-1)]
+  written, delta = np.asarray(_leaf(held, "written"))[0], _leaf(params, "delta")
+  if delta is not None:
+    return written[np.any(np.asarray(delta)[0] != 0, axis=-1)]
+  has_adapters = _leaf(held, "block") is not None
+  return written if has_adapters else written[:0]
 
 
 def view(
@@ -38,7 +40,8 @@ def view(
   Returns:
     `num_slots`; `tasks`; `slots_by_task`, how many slots each wrote; `usage` `[num_tasks, num_tasks]`, the part of each
     task's reads that falls on the slots that were last written by each; `overlap` `[num_tasks, num_tasks]`, the part of
-    its reads that falls on slots that each wrote; `examples` of the slot that each task reads most.
+    its reads that falls on slots that each wrote; `examples` of the slot that each task reads most, of its own if it
+    wrote any.
   """
   memory = model.memories()[0]
   order, names = np.asarray(stream.order[0]), stream.names
@@ -51,7 +54,7 @@ def view(
   last = np.where(wrote.any(axis=0), len(wrote) - 1 - wrote[::-1].argmax(axis=0), -1)
   examples = []
   for number, batch in enumerate(batches):
-    slot = int(np.argmax(usage[number] * wrote[number]))
+    slot = int(np.argmax(usage[number] * (wrote[number] if wrote[number].any() else 1)))
     examples.append(
       {
         "slot": slot,

@@ -23,17 +23,23 @@ from mftjax.loops import task as task_lib
 
 
 def init_meta_params(config: ml_collections.ConfigDict, setup: continual.Setup) -> dict[str, Any]:
-  """A new memory, and the config's hyperparameters."""
+  """A new memory, the config's hyperparameters, and the mixture's logits where rows are stored: see `episode`."""
   memory, _ = nnx.split_state(setup.held, models.MemoryParam, ...)
   space = config_lib.space(config)
-  return {"memory": memory, "hyperparameters": space.init(config_lib.initial_hyperparameters(config))}
+  found = {"memory": memory, "hyperparameters": space.init(config_lib.initial_hyperparameters(config))}
+  if config.retention.stored_fraction:
+    _, bounds = continual.replay.REPLAYED
+    share = sum(bounds) / 2  # as in the first trial of those who tune it
+    found["mixture_logits"] = jnp.log(jnp.asarray([1 - share, share]))
+  return found
 
 
 def outer_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """Adam whose rate falls to a tenth by a cosine; the hyperparameters have a rate of their own."""
+  """Adam whose rate falls to a tenth by a cosine; hyperparameters and mixture have rates of their own."""
   rates = {
     "memory": config.retention.learning_rate,
     "hyperparameters": config.meta.hyperparameter_learning_rate,
+    "mixture_logits": config.meta.mixture_learning_rate,
   }
   return direct.falling_adams(rates, config.retention.outer_steps)
 
@@ -97,7 +103,7 @@ def meta_train(
         skipped = skipped + 1 if float(figures["grad_norm"]) == 0.0 else 0
         values = {name: float(x) for name, x in episode.hyperparameters(config, state[0]).items()}
         line = {name: np.asarray(x).tolist() for name, x in figures.items()}
-        learned = {name: values[name] for name in config_lib.space(config).spaces}
+        learned = {name: values[name] for name in (*config_lib.space(config).spaces, "replayed") if name in values}
         tracker.log(step + 1, line | {"hyperparameters": learned})
         task_lib.stop_if_skipped(config, workdir, skipped, figures)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == options.outer_steps:

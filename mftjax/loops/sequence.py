@@ -210,10 +210,9 @@ def draw(
   else:
     pool = jnp.full(size, order[number])
   if method.is_replaying:
-    past_pool, past_row = _past(order, number, method.stored_fraction, num_rows, size, past_key)
-    points = (jnp.arange(size) + jax.random.uniform(pool_key)) / size  # systematic: the count is never a row off
-    is_past = (points < values["replayed"]) & (number > 0)
-    pool, row = jnp.where(is_past, past_pool, pool), jnp.where(is_past, past_row, row)
+    task, past_row = past(number, method.stored_fraction, num_rows, size, past_key)
+    is_past = is_of_past(number, values["replayed"], size, pool_key)
+    pool, row = jnp.where(is_past, order[task], pool), jnp.where(is_past, past_row, row)
   return taken(stream.train, pool, row)
 
 
@@ -221,8 +220,8 @@ def draw_past(
   stream: sequences.Stream, order: jax.Array, number: jax.Array, stored_fraction: float, size: int, key: jax.Array
 ) -> types.Batch:
   """A batch of stored rows of the tasks before this one (of the first task, where there is none before)."""
-  pool, row = _past(order, number, stored_fraction, stream.train["tokens"].shape[1], size, key)
-  return taken(stream.train, pool, row)
+  task, row = past(number, stored_fraction, stream.train["tokens"].shape[1], size, key)
+  return taken(stream.train, order[task], row)
 
 
 def stored_rows(stored_fraction: float, num_rows: int) -> int:
@@ -230,11 +229,17 @@ def stored_rows(stored_fraction: float, num_rows: int) -> int:
   return max(1, round(stored_fraction * num_rows)) if stored_fraction else 0
 
 
-def _past(
-  order: jax.Array, number: jax.Array, stored_fraction: float, num_rows: int, size: int, key: jax.Array
+def is_of_past(number: jax.Array, share: jax.typing.ArrayLike, size: int, key: jax.Array) -> jax.Array:
+  """`[size]` bool, which rows of a batch are stored ones of earlier tasks: their share, never a row off."""
+  points = (jnp.arange(size) + jax.random.uniform(key)) / size  # systematic
+  return (points < share) & (number > 0)
+
+
+def past(
+  number: jax.Array, stored_fraction: float, num_rows: int, size: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Pools and rows `[size]` of stored examples; a task's rows stand in random order, so that the first are any."""
+  """Earlier tasks' numbers and stored rows `[size]`; a task's rows stand in random order, so that the first are any."""
   task_key, row_key = jax.random.split(key)
   task = jax.random.randint(task_key, (size,), 0, jnp.maximum(number, 1))
   row = jax.random.randint(row_key, (size,), 0, stored_rows(stored_fraction, num_rows))
-  return order[task], row
+  return task, row

@@ -124,6 +124,8 @@ def fold(setup: Setup, params, carry, task, values):
 
 
 def method(rule: str) -> Method:
-  """The method of a rule of writing, "all", "sparse" or "new"."""
+  """The method of a rule of writing, "all", "sparse", "new", or "frozen": then a LoRA is trained beside the memory."""
+  if rule == "frozen":
+    return Method(trained="memory")
   method = Method(trained="memory", end=fold)
   return method if rule == "all" else dataclasses.replace(method, begin={"sparse": choose, "new": allocate}[rule])

@@ -54,12 +54,16 @@ def last_hidden(model: models.Decoder, batch: types.Batch) -> jax.Array:
   return model.hidden(batch.tokens, batch.segment_ids, batch.positions, reads)
 
 
-def sft_loss(setup: Setup, weights: Weights, batch: types.Batch, values: Values) -> jax.Array:
-  """The ordinary training loss of a batch, nats."""
+def sft_loss(
+  setup: Setup, weights: Weights, batch: types.Batch, values: Values, mixture_logits: jax.Array | None = None
+) -> jax.Array:
+  """The ordinary training loss of a batch, nats; all rows weigh the same without `mixture_logits` `[num_sources]`."""
   apply = lambda weights, memory, batch: setup.logits(weights, batch)
-  meta_params = {"mixture_logits": jnp.zeros(1), "memory": None}
-  weighted = dataclasses.replace(batch, source=jnp.zeros_like(batch.source), proposal=jnp.ones_like(batch.proposal))
-  return sft.inner_loss(apply, weights, meta_params, weighted, of_sft(values))
+  if mixture_logits is None:
+    mixture_logits = jnp.zeros(1)
+    batch = dataclasses.replace(batch, source=jnp.zeros_like(batch.source), proposal=jnp.ones_like(batch.proposal))
+  meta_params = {"mixture_logits": mixture_logits, "memory": None}
+  return sft.inner_loss(apply, weights, meta_params, batch, of_sft(values))
 
 
 def of_sft(values: Values) -> dict[str, jax.Array]:
