@@ -24,7 +24,6 @@ from mftjax.data import sequences
 from mftjax.loops import sequence
 
 _ASKED, _ASKED_OF_BASE = 50, 500  # tokens of each task, and of the base model's data, that a step is judged by
-_MOST_SHARED = 2000  # keys at the base model's data in a step
 _LEAST = 1e-4  # part of a read that counts as none
 
 
@@ -74,7 +73,8 @@ def _learn_one(
     # One half is what keys are at, the other what is asked, in turns: no token is asked that a key is at.
     halves = jax.tree.map(lambda x: x[: len(x) // 2 * 2].reshape(2, -1, *x.shape[1:]), background)
     first = jax.random.bernoulli(next(keys)).astype(jnp.int32)
-    shared = _both(halves, min(memory.num_shared, _MOST_SHARED), next(keys), first)
+    # As many as there will be: among fewer, keys are farther apart, and queries learn to need no more than that.
+    shared = _both(halves, memory.num_shared, next(keys), first)
     others = _both(halves, _ASKED_OF_BASE, next(keys), 1 - first)
 
     found = nnx.merge(graphdef, params, rest, copy=True)
