@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mftjax import stopping
 from mftjax.errors import InputError
 
 _TORN = ".torn"
@@ -18,7 +19,7 @@ class Checkpoints:
   """The checkpoints of one workdir.
 
   Saving goes on in the background; `close` (or leaving a `with` block) waits for it. Typed PRNG keys are not
-  arrays: store `jax.random.key_data(key)`.
+  arrays: store `jax.random.key_data(key)`. In a `with` block a run that is asked to stop saves first.
 
   Args:
     directory: the folder that holds them; it is made.
@@ -33,15 +34,24 @@ class Checkpoints:
     self._checkpoints = ocp.CheckpointManager(self._directory, options=options, item_names=("arrays", "data"))
 
   def __enter__(self) -> "Checkpoints":
+    self._saving = stopping.saving()
+    self._saving.__enter__()
     return self
 
   def __exit__(self, *_: object) -> None:
-    self.close()
+    try:
+      self.close()
+    finally:
+      self._saving.__exit__(None, None, None)
 
   @property
   def steps(self) -> list[int]:
     """The steps there are, oldest first."""
     return sorted(self._checkpoints.all_steps())
+
+  def is_due(self, step: int, last: int, every: int) -> bool:
+    """Whether to save after so many steps: every so many, after the last one, and when the run is asked to stop."""
+    return step % every == 0 or step == last or stopping.is_asked()
 
   def save(self, step: int, arrays: Any, data: dict[str, Any]) -> None:
     """Writes a checkpoint; a step that is there already is left as it is.
@@ -50,11 +60,16 @@ class Checkpoints:
       step: the number of steps done, larger than that of any checkpoint before.
       arrays: pytree of jax or numpy arrays.
       data: JSON-able: where the data stood, counters.
+
+    Raises:
+      stopping.Stopped: the run was asked to stop; the checkpoint is whole.
     """
-    if step in self._checkpoints.all_steps():
-      return
-    args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data))
-    self._checkpoints.save(step, args=args, force=True)
+    if step not in self._checkpoints.all_steps():
+      args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data))
+      self._checkpoints.save(step, args=args, force=True)
+    if stopping.is_asked():
+      self._checkpoints.wait_until_finished()
+      raise stopping.Stopped(f"after step {step}")
 
   def restore(self, arrays_like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the last whole checkpoint.

@@ -1,6 +1,7 @@
-"""The edge of every command: flags, help, exit codes, the workdir and its config."""
+"""The edge of every command: flags, help, exit codes."""
 
-import json
+import errno
+import logging as std_logging
 import os
 import pathlib
 import sys
@@ -13,10 +14,12 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mftjax import config as config_lib
-from mftjax import errors, files
+from mftjax import errors, stopping
 
 # It would say at each start that torch is missing, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/X.py[:variant]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same command again resumes")
@@ -25,9 +28,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same com
 def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str | None) -> None:
   """Read the command line, call `main(config, workdir)` and exit.
 
-  Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+  Exit codes: 0 done, or stopped by SIGTERM or Ctrl-C; 2 the user's input is wrong (one message, no traceback); 1
+  anything else.
   """
   logging.set_verbosity(logging.WARNING)
+  logging.get_absl_logger().addFilter(_without_traceback)
   if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]):
     print(description)
     print("\nFlags:\n" + "\n".join(f"  {line}" for line in _flag_help()))
@@ -37,13 +42,35 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
     config, workdir = _parse()
     _use_compilation_cache(config.compilation_cache)
     jax.config.update("jax_default_matmul_precision", config.model.matmul_precision)
+    stopping.listen()
     main(config, workdir)
+  except stopping.Stopped as stopped:
+    print(" ".join(["Stopped", *map(str, stopped.args)]) + ". Give the same command to go on.", file=sys.stderr)
   except errors.MftError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, errors.InputError) else 1)
-  except Exception:
-    traceback.print_exc()
+  except Exception as error:
+    if _is_no_room(error):
+      print(f"error: {error}. Make room, and give the same command to go on from what was saved.", file=sys.stderr)
+    else:
+      traceback.print_exc()
     sys.exit(1)
+
+
+def _without_traceback(record: std_logging.LogRecord) -> bool:
+  """Takes the traceback off what orbax logs in its threads: it raises the same error again where it is handled."""
+  if "orbax" in record.pathname:
+    record.exc_info = None
+  return True
+
+
+def _is_no_room(error: BaseException | None) -> bool:
+  """Whether an error, or what caused it, is that a disk or a quota is full; tensorstore says so in words alone."""
+  while error is not None:
+    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(os.strerror(x) in str(error) for x in _NO_ROOM):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _flag_help() -> list[str]:
@@ -94,32 +121,3 @@ def _use_compilation_cache(folder: str) -> None:
     path = pathlib.Path("~/.cache/mftjax" if folder == "default" else folder).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Make the workdir and write `config.json`, or see that the one there is the same.
-
-  Raises:
-    InputError: the workdir belongs to another config; the message names the first field that differs.
-  """
-  path = workdir / "config.json"
-  mine = json.loads(config.to_json_best_effort())
-  if path.exists():
-    check_workdir(config, workdir)
-    return
-  files.write_json(path, mine)
-
-
-def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Raise `InputError` if the workdir holds another config."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  mine = config_lib.flatten(json.loads(config.to_json_best_effort()))
-  theirs = config_lib.flatten(json.loads(path.read_text()))
-  for name in sorted(mine.keys() | theirs.keys()):
-    if mine.get(name) != theirs.get(name) and name not in ("compilation_cache", "cpu_devices"):
-      raise errors.InputError(
-        f"{workdir} belongs to another config: {name} is {theirs.get(name)!r} there and {mine.get(name)!r} here. "
-        "Take another --workdir or the config it was made with."
-      )

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from configs import compare as compare_config
-from mftjax import command
+from mftjax import run_folder
 from mftjax.data import meta_tasks
 from mftjax.loops import learnt, many_tasks, meta_learn
 from mftjax.loops import setting as setting_lib
@@ -22,6 +22,13 @@ def few_programs():
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def let_go():
+  """Of the folders of runs, which a test's own process may not keep from the commands that it starts."""
+  yield
+  run_folder.release()
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +54,7 @@ def meta_trained(tmp_path_factory):
   moved = jax.tree.map(lambda leaf: leaf + 0.1 * normal(leaf), params)
   graphdef, state = nnx.split(nnx.merge(graphdef, moved, others))
   prediction = meta_learn.predict(graphdef, state, features)
-  command.claim_workdir(config, workdir)
+  run_folder.claim(config, workdir)
+  run_folder.release()
   learnt.keep(config, workdir, setting, state, 1.7, tasks, features, prediction)
   return config, workdir

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -18,18 +17,8 @@ from pages import ROOT, blocks
 
 from mftjax import command as command_lib
 from mftjax import config as config_lib
-
-CONFIG = "tests/tiny_config.py"
-
-
-def command(script, workdir, *extra, config=CONFIG):
-  return [sys.executable, "-m", f"experiments.{script}", f"--config={config}", f"--workdir={workdir}", *extra]
-
-
-def run(script, workdir, *extra, config=CONFIG):
-  return subprocess.run(
-    command(script, workdir, *extra, config=config), capture_output=True, text=True, cwd=ROOT, check=False
-  )
+from mftjax import stopping
+from tests.commands import CONFIG, numbers, run, started
 
 
 def run_readme(workdir, config=CONFIG):
@@ -44,13 +33,6 @@ def run_readme(workdir, config=CONFIG):
   done = subprocess.run(["bash", "-ec", path], capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
   assert done.returncode == 0, done.stderr
   return done
-
-
-def numbers(workdir):
-  """The metrics without their clock."""
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  clocks = ("time_seconds", "tokens_per_second")
-  return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +66,8 @@ def test_kill_and_run_again_ends_at_the_same_numbers(finished, script, tmp_path)
   workdir = tmp_path / "killed"
   extra = [] if script == "meta_train" else [f"--recipe={whole / 'recipe.json'}"]
   phase = "meta_train" if script == "meta_train" else "finetune/recipe"
-  lines_of = lambda path: [line for line in numbers(path) if line["phase"] == phase]
-  process = subprocess.Popen(
-    command(script, workdir, *extra), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-  )
-  metrics = workdir / "metrics.jsonl"
-  deadline = time.monotonic() + 300
-  while time.monotonic() < deadline and process.poll() is None:
-    if metrics.exists() and len(metrics.read_text().splitlines()) >= 5:
-      break
-    time.sleep(0.005)
+  lines_of = lambda path: numbers(path, phase)
+  process = started(script, workdir, *extra, lines=5)
   process.send_signal(signal.SIGKILL)
   process.wait()
   again = run(script, workdir, *extra)
@@ -246,6 +220,7 @@ def test_help_lists_the_fields_and_exits_0():
 def test_a_command_computes_in_the_precision_of_its_config(monkeypatch):
   config = config_lib.default()
   config.compilation_cache, config.model.matmul_precision = "", "high"
+  monkeypatch.setattr(stopping, "listen", lambda: None)
   monkeypatch.setattr(command_lib, "_parse", lambda: (config, None))
   monkeypatch.setattr(sys, "argv", ["prog"])
   seen, before = [], jax.config.jax_default_matmul_precision

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import command, files, metrics, models
+from mftjax import files, metrics, models, run_folder
 from mftjax.loops import (
   answering,
   continual_methods,
@@ -36,13 +36,13 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
     InputError: an unknown method, or a config that does not go together, before anything is written.
   """
   names = continual_methods.chosen(config)
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   paths = {name: workdir / "methods" / f"{_file_name(name)}.json" for name in names}
   finished = workdir / "continual.json"
   if finished.exists() and all(path.exists() for path in paths.values()):
     return json.loads(finished.read_text())
   setting = continual_setting.build(config)
-  command.claim_workdir(config, workdir)
+  run_folder.claim(config, workdir)
   memories, meta_training = _memories(setting, names, [name for name in names if not paths[name].exists()], workdir)
   rows, matrices, view = [], {}, None
   for number, (name, path) in enumerate(paths.items()):

@@ -155,11 +155,13 @@ class _Saved:
     self._empty = jax.tree.map(lambda x: jnp.zeros((num_tasks, *x.shape), x.dtype), measured)
 
   def __enter__(self) -> "_Saved":
+    if self._checkpoints:
+      self._checkpoints.__enter__()
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, *error: object) -> None:
     if self._checkpoints:
-      self._checkpoints.close()
+      self._checkpoints.__exit__(*error)
 
   def restore(self, state: Any) -> tuple[Any, list[Any], dict[str, Any]] | None:
     """The state, what was measured after each task, and the rest, of the last checkpoint."""

@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from mftjax import command, files, models, sft
 from mftjax import config as config_lib
+from mftjax import files, models, run_folder, sft
 from mftjax.data import mixture, sources, tokens
 from mftjax.loops import task as task_lib
 
@@ -51,14 +51,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     "tokens"}]}`, losses in nats per target token, tokens those of the fine-tuning run.
   """
   config_lib.need_sources(config)
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   base, tokenizer = task_lib.load_model(config)
   limits = config.evaluate
   examples = {
     name: sources.read(task_lib.ability_spec(spec, "test"), where=f"config.abilities.{name}")
     for name, spec in task_lib.named(config.abilities)
   }
-  command.claim_workdir(config, workdir)
+  run_folder.claim(config, workdir)
   folders = sorted(path.parent for path in workdir.glob("finetune/*/model/config.json"))
   table = []
   for name, folder in [("base", None), *((folder.parent.name, folder) for folder in folders)]:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import checkpoint, command, errors, metagrad, models, recipe, sft, tracking
+from mftjax import checkpoint, errors, metagrad, models, recipe, run_folder, sft, tracking
 from mftjax import config as config_lib
 from mftjax.data import mixture
 from mftjax.loops import curriculum, meta_train, predict
@@ -96,7 +96,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
     MftError: the training loss is not finite.
   """
   config_lib.need_sources(config)
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   name, found = read_recipe(config, workdir, given)
   network, tokenizer = task_lib.build_network(config)
   rows = task_lib.source_rows(config, tokenizer)
@@ -106,7 +106,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   stream = mixture.Stream(rows, batch_size, config.seed + 2)
   learned = meta_train.restore(config, network, workdir) if name == "learnt" and network.memory is not None else None
   memory = learned[1].meta_params["memory"] if learned else network.memory
-  command.claim_workdir(config, workdir)
+  run_folder.claim(config, workdir)
   folder = workdir / "finetune" / name
   folder.mkdir(parents=True, exist_ok=True)
   recipe.save(found, folder / "recipe.json")
@@ -155,7 +155,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
         if not np.isfinite(float(loss)):
           raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")
         tracker.log(step + 1, {"loss": float(loss)})
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
+        if checkpoints.is_due(step + 1, num_steps, config.checkpoint_every):
           checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   params = sft.adapted(metagrad.read_params(build_problem(network.frozen), state), values)
   models.save(network.merge(network.frozen, params, memory), tokenizer, folder / "model")

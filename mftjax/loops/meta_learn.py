@@ -14,7 +14,7 @@ import optax
 from absl import logging
 from flax import nnx
 
-from mftjax import checkpoint, command, features, metalearner, tracking
+from mftjax import checkpoint, features, metalearner, run_folder, tracking
 from mftjax.data import meta_tasks
 from mftjax.loops import learnt, many_tasks
 from mftjax.loops import setting as setting_lib
@@ -147,10 +147,10 @@ def meta_learn(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Lear
     InputError: config or workdir do not fit; before anything is written.
     MftError: `meta.max_skipped` outer steps in a row were not finite; the tasks that did it are in the workdir.
   """
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   setting = setting_lib.build(config)
   held_out = sample_tasks(config, setting, "validation", config.tasks.num_validation, config.seed + 1)
-  command.claim_workdir(config, workdir)
+  run_folder.claim(config, workdir)
   graphdef, state = init_learner(config, setting, held_out)  # a state to restore into
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
     resumed = checkpoints.restore(task_lib.pure(state))
@@ -181,7 +181,7 @@ def meta_learn(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Lear
         line = {name: float(value) for name, value in measured.items()}
         tracker.log(step + 1, {"loss": line["objective"], **line, "skipped": skipped})
         task_lib.stop_if_skipped(config, workdir, skipped, batch)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
+        if checkpoints.is_due(step + 1, config.meta.outer_steps, config.checkpoint_every):
           checkpoints.save(step + 1, task_lib.pure(state), {})
   factor = calibrate(config, setting, graphdef, state.learner, held_out, config.seed + 1)
   if not (workdir / learnt.FILE).exists():

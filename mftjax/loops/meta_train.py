@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from mftjax import checkpoint, command, metagrad, sft, tracking
+from mftjax import checkpoint, metagrad, run_folder, sft, tracking
 from mftjax import config as config_lib
 from mftjax.data import mixture
 from mftjax.loops import curriculum, outer_gradient, outer_objective
@@ -201,7 +201,7 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
     InputError: data, model or workdir do not fit; before anything is written.
     MftError: `meta.max_skipped` outer steps in a row were not finite; the batch that did it is in the workdir.
   """
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   network, tokenizer = task_lib.build_network(config)
   rows = task_lib.source_rows(config, tokenizer)
   held_out = task_lib.ability_rows(config, tokenizer)
@@ -211,7 +211,7 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
   uniform = np.full(num_abilities, 1 / num_abilities)
   found = restore(config, network, workdir)
   objective = found[1].objective if found else outer_objective.start(config, network, held_out)
-  command.claim_workdir(config, workdir)
+  run_folder.claim(config, workdir)
 
   state, start = dataclasses.replace(init_state(config, network), objective=objective), 0
   run_length = draw_run_length(config, 0, horizon(config, state.meta_params))
@@ -251,7 +251,7 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
         logging.warning("Outer step %d is not finite and was skipped: %s.", step, _non_finite_terms(metrics["finite"]))
       tracker.log(step + 1, _line(config, state, metrics, skipped))
       task_lib.stop_if_skipped(config, workdir, skipped, {"inner": inner_batches, "outer": outer_batch})
-      if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.meta.outer_steps:
+      if checkpoints.is_due(step + 1, config.meta.outer_steps, config.checkpoint_every):
         data = {"stream": stream.state(), "ability_stream": ability_stream.state(), "run_length": run_length}
         checkpoints.save(step + 1, task_lib.pure(state), data)
 

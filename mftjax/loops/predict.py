@@ -7,8 +7,8 @@ from typing import Any
 
 import ml_collections
 
-from mftjax import command, errors, recipe, tracking
 from mftjax import config as config_lib
+from mftjax import errors, recipe, run_folder, tracking
 from mftjax.loops import curriculum, meta_train
 from mftjax.loops import task as task_lib
 
@@ -19,7 +19,7 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib
   Raises:
     InputError: nothing was meta-trained in this workdir.
   """
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   network, _ = task_lib.build_network(config)
   found = meta_train.restore(config, network, workdir)
   if found is None:

@@ -11,8 +11,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import command, errors, fields, files
 from mftjax import config as config_lib
+from mftjax import errors, fields, files, run_folder
 from mftjax import recipe as recipe_lib
 from mftjax.loops import case as case_lib
 from mftjax.loops import explain, learnt, many_tasks, predict, refine
@@ -52,7 +52,7 @@ def predict_task(
     if value < 0:
       raise errors.InputError(f"--{name} = {value} must be at least 0.")
   _check_task(config, task)
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   kept = learnt.load(config, workdir, task.model.path, task.model.gguf_file)
   case = case_lib.read(kept, workdir, task, preference)
 

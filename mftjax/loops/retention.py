@@ -106,7 +106,7 @@ def meta_train(
         learned = {name: values[name] for name in (*config_lib.space(config).spaces, "replayed") if name in values}
         tracker.log(step + 1, line | {"hyperparameters": learned})
         task_lib.stop_if_skipped(config, workdir, skipped, figures)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == options.outer_steps:
+        if checkpoints.is_due(step + 1, options.outer_steps, config.checkpoint_every):
           checkpoints.save(step + 1, task_lib.pure(tuple(state)), {})
   return state[0]
 

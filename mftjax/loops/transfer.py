@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import command, errors, features, files, metrics, objectives
 from mftjax import config as config_lib
+from mftjax import errors, features, files, metrics, objectives, run_folder
 from mftjax import transfer as transfer_lib
 from mftjax.loops import compare, learnt, meta_learn
 from mftjax.loops import setting as setting_lib
@@ -116,7 +116,7 @@ def transfer(
   """
   base_width, head_size = config.model.hidden_size, config.model.hidden_size // config.model.num_heads
   _check(config, widths, head_size, num_tasks, num_seeds, num_rates)
-  command.check_workdir(config, workdir)
+  run_folder.check(config, workdir)
   kept = learnt.load(config, workdir)
   law = transfer_lib.fit_budget_law(kept.known.hyperparameters["learning_rate"], budgets(kept.known.features))
   run = Run(kept, num_seeds, num_rates)

@@ -7,8 +7,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from mftjax import command, files, metagrad
 from mftjax import config as config_lib
+from mftjax import files, metagrad, run_folder
 from mftjax.data import mixture
 from mftjax.loops import curriculum, meta_train, outer_objective
 from mftjax.loops import task as task_lib
@@ -26,7 +26,7 @@ def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> metagra
   stream = mixture.Stream(rows, config.batch_size, config.seed)
   ability_stream = mixture.Stream(held_out, num_abilities * config.meta.ability_rows, config.seed + 1)
   objective = outer_objective.start(config, network, held_out)
-  command.claim_workdir(config, workdir)
+  run_folder.claim(config, workdir)
   meta_params = meta_train.init_meta_params(config, network)
   batches = curriculum.draw(config, stream, meta_params["mixture_logits"], 0, num_steps, num_steps)
   loss = functools.partial(outer_objective.loss, config, objective)

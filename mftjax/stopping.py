@@ -1,0 +1,46 @@
+"""Ending a run when the system or the user asks for it: what is done is saved first."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+_open, _is_asked = 0, False
+
+
+class Stopped(BaseException):
+  """The run ends because that was asked for; no `except Exception` takes it for an error."""
+
+
+def listen() -> None:
+  """Has SIGTERM and Ctrl-C end the process: a run that keeps checkpoints after its next step, all others at once.
+
+  Asked a second time, all end at once.
+  """
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, _ask)
+
+
+def _ask(number: int, frame: FrameType | None) -> None:
+  global _is_asked
+  if _is_asked or not _open:
+    raise Stopped
+  _is_asked = True
+  print("Stopping after this step. Ask again to stop at once.", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+  """While this is open, who is asked to stop saves first: see `is_asked`."""
+  global _open
+  _open += 1
+  try:
+    yield
+  finally:
+    _open -= 1
+
+
+def is_asked() -> bool:
+  """Whether to save now, and to raise `Stopped` then."""
+  return _is_asked
