@@ -116,3 +116,11 @@ def test_a_full_disk_is_one_message_and_what_was_saved_goes_on(whole, tmp_path):
   assert again.returncode == 0, again.stderr
   assert run("meta_train", tmp_path / "undisturbed", *flags).returncode == 0
   assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_loss_that_is_not_finite_is_one_message(tmp_path):
+  flags = [f"--config.hyperparameters.learning_rate.{name}" for name in ("high=1e38", "value=1e37")]
+  done = run("finetune", tmp_path / "run", "--recipe=default", *flags)
+  assert done.returncode == 1 and "loss of fine-tuning step" in done.stderr and "Traceback" not in done.stderr
+  assert all(line["loss"] is not None for line in numbers(tmp_path / "run"))
