@@ -94,5 +94,6 @@ def get_config(variant="small"):
     config.continual.write_rule = "frozen"
     config_lib.learned("learning_rate", config, 1e-3, 1e-1, value=1e-2)
   elif variant != "values":
-    raise ValueError(f"No variant {variant!r} of configs/continual.py: small, full, facts, values, frozen or tiny.")
+    known = "small, full, facts, values, frozen, tiny"
+    raise ValueError(f"No variant {variant!r} of configs/continual.py; there are: {known}.")
   return config

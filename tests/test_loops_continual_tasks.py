@@ -212,7 +212,7 @@ def test_there_are_names_for_sequences_of_facts_alone():
   for split in sequences.SPLITS:
     answers = [prompt for task in sequences.sample(split, kinds, 0) for prompt in task.answers]
     assert len(set(answers)) == len(answers) == 8 * sequences.FACTS_PER_TASK
-  with pytest.raises(ValueError, match="there are: small, full, facts, values, tiny"):
+  with pytest.raises(ValueError, match="there are: small, full, facts, values, frozen, tiny"):
     continual_config.get_config("fact")
 
 
