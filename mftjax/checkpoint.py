@@ -38,11 +38,11 @@ class Checkpoints:
     self._saving.__enter__()
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, *error: Any) -> None:
     try:
       self.close()
     finally:
-      self._saving.__exit__(None, None, None)
+      self._saving.__exit__(*error)
 
   @property
   def steps(self) -> list[int]:

@@ -32,13 +32,15 @@ def _ask(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-  """While this is open, who is asked to stop saves first: see `is_asked`."""
+  """While this is open, who is asked to stop saves first: see `is_asked`; where nothing was, it ends with this."""
   global _open
   _open += 1
   try:
     yield
   finally:
     _open -= 1
+  if _is_asked and not _open:
+    raise Stopped
 
 
 def is_asked() -> bool:

@@ -55,11 +55,22 @@ def test_asked_twice_nothing_is_waited_for(monkeypatch):
   monkeypatch.setattr(stopping, "_is_asked", False)
   with pytest.raises(stopping.Stopped):
     stopping._ask(signal.SIGTERM, None)
-  with stopping.saving():
+  with pytest.raises(stopping.Stopped), stopping.saving():  # and when saving ends
     stopping._ask(signal.SIGTERM, None)
     assert stopping.is_asked()
     with pytest.raises(stopping.Stopped):
       stopping._ask(signal.SIGTERM, None)
+
+
+def test_who_saves_nothing_more_stops_when_saving_ends(monkeypatch):
+  monkeypatch.setattr(stopping, "_is_asked", False)
+  with pytest.raises(stopping.Stopped), stopping.saving():
+    with stopping.saving():
+      stopping._ask(signal.SIGTERM, None)
+    assert stopping.is_asked()
+  with pytest.raises(KeyError), stopping.saving():  # an error is not hidden
+    raise KeyError
+  assert stopping._open == 0
 
 
 @pytest.mark.slow
