@@ -17,7 +17,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev torch peers quickstart test lint format types unit clean
+.PHONY: help install install-dev torch peers quickstart test lint format types unit test-distributed clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -74,7 +74,7 @@ quickstart: $(VENV)/.installed  ## the main job on the embedded data: default ag
 	$(BIN)/python -m experiments.finetune $(ARGS)
 	$(BIN)/python -m experiments.evaluate $(ARGS)
 
-test: lint types unit  ## lint, types and all tests
+test: lint types unit test-distributed  ## lint, types and all tests
 
 lint: $(VENV)/.installed-dev  ## ruff, rules and format
 	$(BIN)/ruff check .
@@ -85,6 +85,10 @@ types: $(VENV)/.installed-dev  ## mypy
 
 unit: $(VENV)/.installed-dev  ## pytest
 	$(BIN)/python -m pytest -q
+
+# Processes of their own, since JAX counts its devices once.
+test-distributed: $(VENV)/.installed-dev  ## pytest on eight simulated devices
+	$(BIN)/python -m pytest -q tests/distributed
 
 format: $(VENV)/.installed-dev  ## ruff, writing the files
 	$(BIN)/ruff check --fix .

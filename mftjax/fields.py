@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mftjax import balancing, metagrad, objectives
+from mftjax import balancing, metagrad, objectives, parallel
 from mftjax.models import attention, decoder
 
 
@@ -32,6 +32,11 @@ def _one_of(*words: str) -> dict[str, Any]:
 
 
 _FRACTION: dict[str, Any] = {"check": lambda value: 0 < value <= 1, "allowed": "above 0, at most 1"}
+
+_COUNT: dict[str, Any] = {
+  "check": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+  "allowed": "a whole number, at least 0",
+}
 
 _PATHS: dict[str, Any] = {
   "check": lambda value: not isinstance(value, str) and all(isinstance(path, str) for path in value),
@@ -62,6 +67,13 @@ FIELDS: dict[str, Field] = {
   "cpu_devices": Field(
     0, "devices that a CPU is split into, over which meta-tasks are spread; 0 leaves that to JAX", **_at_least(0)
   ),
+  "parallel.strategy": Field(
+    "mesh", "how tasks are mapped: mesh, or pmap (tasks only)", **_one_of(*parallel.STRATEGIES)
+  ),
+  "parallel.task": Field(0, "groups of devices that tasks are split over; 0 is the rest of the devices", **_COUNT),
+  "parallel.data": Field(1, "parts of a task's rows, each with a model of its own; 0 is the rest", **_COUNT),
+  "parallel.fsdp": Field(1, "parts of a task's rows, and of its model; 0 is the rest", **_COUNT),
+  "parallel.tensor": Field(1, "parts of a model's heads and MLP; 0 is the rest", **_COUNT),
   "model.path": Field("", "folder or hub id of the model; empty makes a small random one"),
   "model.gguf_file": Field("", "GGUF file within that folder"),
   "model.dtype": Field("float32", "dtype of the computation", **_one_of("float32", "bfloat16")),

@@ -11,10 +11,11 @@ import filelock
 import ml_collections
 
 from mftjax import config as config_lib
-from mftjax import errors, files
+from mftjax import errors, files, parallel
 
 _LOCK, _HOLDER = ".lock", "held_by.json"
-_HERE_ALONE = ("compilation_cache", "cpu_devices")  # fields of the machine, not of the run
+# Fields of the machine, not of the run.
+_HERE_ALONE = ("compilation_cache", "cpu_devices", *(f"parallel.{name}" for name in ("strategy", *parallel.AXES)))
 
 # Until the process ends: the system then lets go of them, whatever ended it.
 _held: dict[pathlib.Path, filelock.FileLock] = {}

@@ -1,17 +1,10 @@
 """The slots of a memory: ranking, reviving, spreading over devices, in and out as arrays."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from mftjax.errors import InputError
 from mftjax.models import Memory, slots
@@ -128,60 +121,6 @@ def test_arrays_of_another_memory_are_named_and_change_nothing(change, words):
 def test_bad_input_is_named(act, words):
   with pytest.raises(InputError, match=words):
     act()
-
-
-def test_one_device_holds_everything():
-  mesh = jax.make_mesh((1,), ("model",), (AxisType.Auto,))
-  memory = opened([2, 5], top_k=3)
-  found = slots.shardings(memory, mesh, "model")
-  assert jax.tree.structure(found) == jax.tree.structure(nnx.state(memory))
-  specs = {path[0].key: leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-  split = {name for name, spec in specs.items() if tuple(spec) == (None, "model")}
-  assert split == {"values", "delta"} and len(specs) == 7
-
-
-PROGRAM = """
-import json
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import AxisType
-
-from mftjax import models
-from mftjax.errors import InputError
-from tests.test_models_memory import opened, states
-
-mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,))
-hidden, errors = states(0, 6), {}
-for name, options in {"dense": {}, "best": {"top_k": 3}, "product": {"top_k": 3, "product_keys": True}}.items():
-  graphdef, state = nnx.split(opened([2, 5], **options))
-  spread = jax.device_put(state, models.slots.shardings(state, mesh, "model"))
-  shards = [shard.data.shape for shard in spread["values"][...].addressable_shards]
-  apply = jax.jit(lambda state: nnx.merge(graphdef, state)(hidden))
-  errors[name] = float(np.abs(np.asarray(apply(spread)) - np.asarray(apply(state))).max())
-  assert shards == [(9, 3)] * 4, shards
-  assert {s.data.shape for s in spread["delta"][...].addressable_shards} == {(2, 3)}
-  assert all(s.data.shape == spread["keys"][...].shape for s in spread["keys"][...].addressable_shards)
-try:
-  models.slots.shardings(models.Memory(4, 6, 4, 1, rngs=nnx.Rngs(0)), mesh, "model")
-except InputError as error:
-  errors["message"] = str(error)
-print(json.dumps(errors))
-"""
-
-
-@pytest.mark.slow
-def test_four_devices_hold_a_quarter_of_the_values_and_give_the_same():
-  """In a process of its own: the number of devices of a CPU must be set before JAX starts."""
-  root = Path(__file__).parents[1]
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-  done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | flags, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-3000:]
-  errors = json.loads(done.stdout)
-  assert "dim = 6 does not divide over the 4 devices of the axis 'model'" in errors.pop("message")
-  assert len(errors) == 3 and max(errors.values()) < 1e-5, errors
 
 
 def skewed(seed, count, dim=12):

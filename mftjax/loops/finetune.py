@@ -129,9 +129,10 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   @jax.jit
   def train_step(frozen, meta_params, state, batch, rng):
     state, _, loss = metagrad.inner_step(build_problem(frozen), meta_params, state, batch, rng)
-    return state, loss
+    return network.layout.pin(state), loss
 
   state, start = metagrad.init(build_problem(network.frozen), meta_params, network.params), 0
+  state = network.layout.place(state)
   with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
     resumed = checkpoints.restore(task_lib.pure(state))
     if resumed:
@@ -151,6 +152,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         batch = stream.next(proposal(found, names, step, num_steps))
         batch = dataclasses.replace(batch, proposal=np.full_like(batch.proposal, 1 / len(names)))
+        batch = network.layout.place_rows(batch)
         state, loss = train_step(network.frozen, meta_params, state, batch, key)
         if not np.isfinite(float(loss)):
           raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")

@@ -1,7 +1,6 @@
 """Programs that fine-tune a model on several meta-tasks at once, and differentiate those runs."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mftjax import metagrad, models, sft, spaces, types
+from mftjax import metagrad, models, parallel, sft, spaces, types
 from mftjax.data import meta_tasks
 
 
@@ -44,14 +43,24 @@ class Model:
   params: Any  # what the runs train: LoRA, or everything
   frozen: Any = dataclasses.field(default_factory=lambda: nnx.State({}))  # everything else
 
+  layout: parallel.Layout = dataclasses.field(default_factory=parallel.single)
+
   @classmethod
-  def of(cls, decoder: models.Decoder, lora: ml_collections.ConfigDict, seed: int) -> "Model":
-    """The decoder with the config's new LoRA, if its rank is above 0, of which then nothing else is trained."""
+  def of(cls, decoder: models.Decoder, lora: ml_collections.ConfigDict, seed: int, layout: parallel.Layout) -> "Model":
+    """The decoder with the config's new LoRA, if its rank is above 0, of which then nothing else is trained.
+
+    Raises:
+      InputError: the decoder does not divide over the devices.
+    """
+    if lora.rank:
+      models.lora.add(decoder, lora.rank, lora.alpha, tuple(lora.targets), rngs=nnx.Rngs(seed))
+    layout.split(decoder)
     if not lora.rank:
-      return cls(*nnx.split(decoder))
-    models.lora.add(decoder, lora.rank, lora.alpha, tuple(lora.targets), rngs=nnx.Rngs(seed))
+      graphdef, params = nnx.split(decoder)
+      return cls(graphdef, params, layout=layout)
     parts: Any = nnx.split(decoder, models.lora.LoRAParam, ...)
-    return cls(*parts)
+    graphdef, params, frozen = parts
+    return cls(graphdef, params, frozen, layout)
 
   def merge(self, params: Any) -> models.Decoder:
     """The model with these parameters."""
@@ -69,28 +78,13 @@ class Model:
     return lambda *args: program(self.frozen, *args)
 
   def over_tasks(self, build: Callable[["Model"], Callable]) -> Callable:
-    """`build(model)` over the leading axis of all arguments, the tasks split evenly over the devices, jitted.
+    """`build(model)` over the leading axis of all arguments, compiled, the tasks split over the layout's devices."""
 
-    Tasks know nothing of each other, so the devices never talk. Arguments come from the first device, and what is
-    returned is there again; where tasks do not divide by the devices, the last one is repeated and left out.
-    """
-    devices = jax.local_devices()
-    if len(devices) == 1:
-      return self.compile(lambda model: jax.vmap(build(model)))
-    mesh = jax.sharding.Mesh(np.asarray(devices), ("tasks",))
-    whole, split = (jax.sharding.PartitionSpec(*axes) for axes in ((), ("tasks",)))
-    many = lambda frozen, args: jax.vmap(build(dataclasses.replace(self, frozen=frozen)))(*args)
-    program = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=(whole, split), out_specs=split, check_vma=False))
-    frozen = functools.cache(lambda: jax.device_put(self.frozen, jax.sharding.NamedSharding(mesh, whole)))
+    def one(shared, *args):
+      params, frozen = shared
+      return build(dataclasses.replace(self, params=params, frozen=frozen))(*args)
 
-    def call(*args):
-      count = len(jax.tree.leaves(args)[0])
-      place = np.minimum(np.arange(-(-count // len(devices)) * len(devices)), count - 1)
-      args = jax.device_put(jax.tree.map(lambda x: x[place], args), jax.sharding.NamedSharding(mesh, split))
-      found = jax.device_put(program(frozen(), args), devices[0])
-      return jax.tree.map(lambda x: x[:count], found)
-
-    return call
+    return self.layout.over_tasks(one, (self.params, self.frozen))
 
 
 def mixture(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:

@@ -111,7 +111,7 @@ def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Networ
   def outer_step(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng):
     build = functools.partial(build_problem, config, network, frozen)
     problem = build(functools.partial(outer_objective.loss, config, state.objective))
-    fresh = metagrad.init(problem, state.meta_params, fresh_params, config.meta.method, **options)
+    fresh = network.layout.pin(metagrad.init(problem, state.meta_params, fresh_params, config.meta.method, **options))
     inner = jax.tree.map(lambda new, old: jnp.where(is_fresh, new, old), fresh, state.inner)
     window = (inner, inner_batches, outer_batch, rng)
     out = outer_gradient.value_and_grad(config, build, state.objective)(state.meta_params, *window)
@@ -124,6 +124,7 @@ def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Networ
     # FAMO looks at losses after the step, which may be the first that are not.
     is_finite = out.metrics["is_finite"] & jnp.isfinite(optax.global_norm(objective))
     after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state.replace(inner=inner))
+    after = network.layout.pin(after)
     metrics = {
       "outer_loss": out.loss,
       "inner_loss": jnp.mean(out.metrics["inner_loss"]),
@@ -181,7 +182,8 @@ def init_state(config: ml_collections.ConfigDict, network: task_lib.Network) -> 
   problem = build_problem(config, network, network.frozen, jnp.mean)  # its optimiser only
   options = config_lib.method_options(config)
   inner = metagrad.init(problem, meta_params, network.params, config.meta.method, **options)
-  return OuterState(meta_params, outer_optimizer(config).init(meta_params), inner, outer_objective.init(config))
+  state = OuterState(meta_params, outer_optimizer(config).init(meta_params), inner, outer_objective.init(config))
+  return network.layout.place(state)
 
 
 def restore(config: ml_collections.ConfigDict, network: task_lib.Network, workdir: pathlib.Path):
@@ -240,7 +242,8 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
         inner_steps_done, run_length = 0, draw_run_length(config, step, num_steps)
       logits = state.meta_params["mixture_logits"]
       inner_batches = curriculum.draw(config, stream, logits, inner_steps_done, length, num_steps)
-      outer_batch = ability_stream.next(uniform)
+      inner_batches = network.layout.place_rows(inner_batches, axis=1)
+      outer_batch = network.layout.place_rows(ability_stream.next(uniform))
       key = jax.random.fold_in(jax.random.key(config.seed), step)
       if config.meta.check and step == 0:
         _check(config, network, state, inner_batches, outer_batch, key)

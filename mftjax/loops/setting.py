@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import features, metagrad, models, objectives, spaces, types
+from mftjax import features, metagrad, models, objectives, parallel, spaces, types
 from mftjax.data import family_pools, meta_tasks, tokens
 from mftjax.loops import base_model as base_model_lib
 from mftjax.loops import many_tasks
@@ -134,6 +134,7 @@ def build(config: ml_collections.ConfigDict) -> Setting:
   decoder, tokenizer = task_lib.load_model(config)
   pools = _pools(config, tokenizer)
   if not config.model.path and not config.tasks.folders:
+    base_model(config, nnx.clone(decoder))  # what does not fit the devices is refused before anything is trained
     graphdef, params = nnx.split(decoder)
     decoder = nnx.merge(graphdef, _train_base(many_tasks.Model(graphdef, params), pools, config))
   setting = assemble(config, base_model(config, decoder), pools, {})
@@ -141,8 +142,8 @@ def build(config: ml_collections.ConfigDict) -> Setting:
 
 
 def base_model(config: ml_collections.ConfigDict, decoder: models.Decoder) -> many_tasks.Model:
-  """The decoder with the config's LoRA, taken apart."""
-  return many_tasks.Model.of(decoder, config.lora, config.seed + 2)
+  """The decoder with the config's LoRA, taken apart, on the config's devices."""
+  return many_tasks.Model.of(decoder, config.lora, config.seed + 2, parallel.build(config))
 
 
 def _pools(config: ml_collections.ConfigDict, tokenizer: Any) -> meta_tasks.Pools:
@@ -174,15 +175,21 @@ def assemble(
   )
   probe = features.Probe(**config.probe)
   objective = objectives.build(config.objective.name, **config_lib.objective_options(config))
-  outer = objective, _estimator(config), config.meta.clip_norm, config.tasks.at_once, config.compare.uniform_fraction
+  outer = (
+    objective,
+    _estimator(config, model.layout.num_task_groups),
+    config.meta.clip_norm,
+    config.tasks.at_once,
+    config.compare.uniform_fraction,
+  )
   return Setting(model, run, pools, space, fixed, probe, _static(pools), scale, *outer)
 
 
-def _estimator(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The config's method and options, the memory that an unroll may keep shared by the tasks of a device."""
+def _estimator(config: ml_collections.ConfigDict, num_groups: int) -> dict[str, Any]:
+  """The config's method and options, the memory that an unroll may keep shared by the tasks of a group of devices."""
   found = {"method": config.meta.method, **config_lib.method_options(config)}
   if "memory_bytes" in metagrad.method_options(config.meta.method):
-    tasks = -(-config.tasks.at_once // len(jax.local_devices()))
+    tasks = -(-config.tasks.at_once // num_groups)
     budget = found.get("memory_bytes", metagrad.recovery.device_budget())
     found["memory_bytes"] = -(-budget // tasks)  # never 0, which is no budget
   return found

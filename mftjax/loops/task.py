@@ -13,7 +13,7 @@ from absl import logging
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import errors, metagrad, models, sft, types
+from mftjax import errors, metagrad, models, parallel, sft, types
 from mftjax.data import sources, tokens
 
 # Fields of an ability that say how it is measured, not where its examples are read from.
@@ -28,6 +28,7 @@ class Network:
   params: nnx.State  # what the inner step trains: LoRA, or all but the memory
   memory: nnx.State | None  # the memory's slots, None without memory
   frozen: nnx.State  # everything else
+  layout: parallel.Layout  # the devices that all of it lies on
 
   def apply(self, frozen: nnx.State, params: nnx.State, memory: nnx.State | None, batch: types.Batch) -> jax.Array:
     """Logits `[batch, length, vocab]` of the batch's tokens."""
@@ -120,22 +121,25 @@ def attach_lora(model: models.Decoder, config: ml_collections.ConfigDict) -> Non
 
 
 def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
-  """The model with its LoRA and memory, taken apart, and its tokenizer.
+  """The model with its LoRA and memory, taken apart and put on the config's devices, and its tokenizer.
 
   Raises:
-    InputError: the model does not load, or the config names no source or no ability to train it with.
+    InputError: the model does not load or does not divide over the devices, or the config names no source or no ability
+      to train it with.
   """
   config_lib.need_sources(config)
+  layout = parallel.build(config)
   if config.memory.num_slots and config.memory.placement == "adapters":
     raise errors.InputError("config.memory.placement = 'adapters' is for sequences of tasks: experiments.continual.")
   model, tokenizer = load_model(config)
   attach_memory(model, config)
   if config.lora.rank:
     attach_lora(model, config)
+  layout.split(model)
   trained = models.lora.LoRAParam if config.lora.rank else nnx.Param
-  parts: Any = nnx.split(model, models.MemoryParam, trained, ...)
-  graphdef, memory, params, frozen = parts
-  return Network(graphdef, params, memory if config.memory.num_slots else None, frozen), tokenizer
+  graphdef, *states = nnx.split(model, models.MemoryParam, trained, ...)
+  memory, params, frozen = (layout.place(state) for state in states)
+  return Network(graphdef, params, memory if config.memory.num_slots else None, frozen, layout), tokenizer
 
 
 def problem(

@@ -26,6 +26,7 @@ from mftjax.models.layers import (
   rope_tables,
 )
 from mftjax.models.memory import Memory
+from mftjax.models.spread import Spread
 from mftjax.types import at_least_f32
 
 # Where a memory's read goes: on the layer's output, beside its MLP or in its place.
@@ -59,6 +60,7 @@ class Decoder(nnx.Module):
     self.memory_layers: tuple[int, ...] = ()
     self.memory_placement = "after"
     self.adapters: Any = nnx.data(None)  # `Adapters` that the memory weighs
+    self.spread: Spread | None = None  # how it lies on many devices, if it is split over them
 
   def attach_memory(
     self,
@@ -228,15 +230,23 @@ class Decoder(nnx.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """`[batch, length, hidden_size]` embeddings, in the compute dtype."""
-    return jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
+    return self._rows(jnp.take(self._used("embedding"), tokens, axis=0).astype(self.config.dtype))
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., vocab_size]` f32 logits of `[..., hidden_size]` last hidden states."""
     normed = rms_norm(hidden, self.final_norm[...], self.config.norm_eps)
-    head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+    head = self._used("embedding").T if self.config.tie_embeddings else self._used("head")
     flat = normed.reshape(-1, normed.shape[-1])  # as in `project`
     out = jnp.matmul(flat, head.astype(normed.dtype), preferred_element_type=at_least_f32(normed.dtype))
     return out.reshape(*hidden.shape[:-1], -1)
+
+  def _used(self, name: str) -> jax.Array:
+    """One of the parameters outside the layers, as it is used."""
+    value = getattr(self, name)[...]
+    return value if self.spread is None else self.spread.gathered({name: value})[name]
+
+  def _rows(self, hidden: jax.Array) -> jax.Array:
+    return hidden if self.spread is None else self.spread.rows(hidden)
 
   @property
   def cache_layers(self) -> int:
@@ -292,7 +302,10 @@ class Decoder(nnx.Module):
 
     def body(hidden, inputs, memory=None):
       params, layer_cache = inputs
-      return layer(params, hidden, rope, attend, config, lora_scale, layer_cache, index, memory, placement)
+      if self.spread is not None:
+        params = self.spread.gathered(params)
+      out, layer_cache = layer(params, hidden, rope, attend, config, lora_scale, layer_cache, index, memory, placement)
+      return self._rows(out), layer_cache
 
     caches = []
     cuts = {0, config.num_layers} | {number + 1 for number in self.memory_layers}

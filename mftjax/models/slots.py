@@ -1,4 +1,4 @@
-"""The slots of a memory: which are read and which to write, reviving dead ones, spreading and storing them."""
+"""The slots of a memory: which are read and which to write, reviving dead ones, storing them."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mftjax.errors import InputError, unknown_name
 from mftjax.models.memory import InputStatistics, Memory, rms_normed
 
-SPLIT = ("values", "delta")  # the parameters that `shardings` splits
 STATISTICS = {"input_mean", "input_root"}  # that only a whitened memory has
 
 
@@ -181,34 +179,6 @@ def _revived_keys(keys: jax.Array, dead: jax.Array, queries: jax.Array, rngs: nn
   longest = jnp.max(jnp.where(dead[None, :, None], 0.0, norm(keys)), axis=1, keepdims=True)
   longest = jnp.where(jnp.all(dead), math.sqrt(keys.shape[-1]), longest)  # that of a new key
   return jnp.where(dead[None, :, None], drawn / jnp.maximum(norm(drawn), 1e-30) * longest, keys)
-
-
-def shardings(memory: Memory | nnx.State, mesh: Mesh, axis: str) -> nnx.State:
-  """How a memory lies on many devices: each holds a part of every value's width, and looks that part up.
-
-  Args:
-    memory: the memory, or the state of it.
-    mesh, axis: the devices, and the axis of theirs that the width is split over.
-
-  Returns:
-    The state's structure with a `NamedSharding` for each array, for `jax.device_put` or `jax.jit`: values and delta
-    are split along `dim`, all else is on every device.
-
-  Raises:
-    InputError: `dim` does not divide by the size of the axis.
-
-  Source: the parallel memory of Memory Layers at Scale (Berges et al., 2024), Section 3.
-  """
-  size = mesh.shape[axis]
-
-  def sharding(path, leaf):
-    is_split = any(getattr(entry, "key", getattr(entry, "name", None)) in SPLIT for entry in path)
-    if is_split and leaf.shape[-1] % size:
-      raise InputError(f"Memory dim = {leaf.shape[-1]} does not divide over the {size} devices of the axis {axis!r}.")
-    return NamedSharding(mesh, PartitionSpec(None, axis) if is_split else PartitionSpec())
-
-  tree = nnx.state(memory) if isinstance(memory, Memory) else memory
-  return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def state(memory: Memory) -> dict[str, np.ndarray]:
