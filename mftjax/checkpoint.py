@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from mftjax import stopping
+from mftjax import hosts, stopping
 from mftjax.errors import InputError
 
 _TORN = ".torn"
@@ -51,7 +51,7 @@ class Checkpoints:
 
   def is_due(self, step: int, last: int, every: int) -> bool:
     """Whether to save after so many steps: every so many, after the last one, and when the run is asked to stop."""
-    return step % every == 0 or step == last or stopping.is_asked()
+    return hosts.any_of(stopping.is_asked()) or step % every == 0 or step == last
 
   def save(self, step: int, arrays: Any, data: dict[str, Any]) -> None:
     """Writes a checkpoint; a step that is there already is left as it is.
@@ -67,7 +67,7 @@ class Checkpoints:
     if step not in self._checkpoints.all_steps():
       args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data))
       self._checkpoints.save(step, args=args, force=True)
-    if stopping.is_asked():
+    if hosts.any_of(stopping.is_asked()):
       self._checkpoints.wait_until_finished()
       raise stopping.Stopped(f"after step {step}")
 
@@ -133,7 +133,7 @@ class Checkpoints:
     # Orbax never saves a step that is not newer than what it finds, so a torn one would block the run.
     if not torn:
       return
-    if jax.process_index() == 0:
+    if hosts.is_first():
       for step in torn:
         source = self._directory / str(step)
         target = source.with_name(f"{step}{_TORN}")

@@ -14,7 +14,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mftjax import config as config_lib
-from mftjax import errors, stopping
+from mftjax import errors, hosts, stopping
 
 # It would say at each start that torch is missing, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -23,6 +23,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/X.py[:variant]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same command again resumes")
+_HOSTS = flags.DEFINE_bool("hosts", False, "one of several hosts, which a Cloud TPU, GKE, SLURM or Open MPI names")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run this together")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
 def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str | None) -> None:
@@ -76,6 +80,8 @@ def _is_no_room(error: BaseException | None) -> bool:
 def _flag_help() -> list[str]:
   main_flags = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
   rows = [(flag.name, flag.help) for flag in main_flags]
+  own = (flags.FLAGS[flag.name] for flag in (_HOSTS, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID))
+  rows += [(flag.name, flag.help) for flag in own]
   return ["--config: configs/X.py[:variant]", "--workdir: folder of the run"] + [
     f"--{name}: {text}" for name, text in rows
   ]
@@ -92,6 +98,9 @@ def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
   if config is None or _WORKDIR.value is None:
     raise errors.InputError("Give --config=configs/X.py[:variant] and --workdir=DIR.")
   _split_cpu(loaded(config, "config").get("cpu_devices"))
+  processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _HOSTS.value or any(value is not None for value in processes):
+    hosts.start(*processes)
   config_lib.check(config)
   return config, pathlib.Path(_WORKDIR.value).absolute()
 

@@ -81,6 +81,11 @@ class Layout:
       return tree
     return jax.device_put(tree, self.shardings(tree))
 
+  def check_rows(self, what: str, number: int) -> None:
+    """Raise `InputError` if so many rows do not divide; `what` they are comes first in the message."""
+    if number % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
+      raise _does_not_divide(f"{what} = {number}", number, spread_lib.ROWS, self.mesh)
+
   def place_rows(self, tree: Any, axis: int = 0) -> Any:
     """Batches, put on the devices split by rows, which are this axis of every array; as they are on one device."""
     if self.spread is None:
@@ -161,6 +166,8 @@ def build(config: ml_collections.ConfigDict) -> Layout:
     if sizes["task"] > 1:
       raise errors.InputError(f"config.parallel.task = {sizes['task']}: config.learner.kind = 'direct' has one task.")
     sizes["task"] = 1
+  elif jax.process_count() > 1:
+    raise errors.InputError("Several hosts run config.learner.kind = 'direct' alone: meta_train and finetune.")
   free = [axis for axis, size in sizes.items() if size == 0]
   if len(free) > 1:
     raise errors.InputError(
@@ -181,17 +188,11 @@ def build(config: ml_collections.ConfigDict) -> Layout:
   if asked.strategy == "pmap" and number > sizes["task"]:
     raise errors.InputError("config.parallel.strategy = 'pmap' maps tasks only: data, fsdp and tensor must be 1.")
   layout = Layout(_mesh(devices[:number], tuple(sizes[axis] for axis in AXES)), asked.strategy)
-  _check_rows(config, layout)
+  if config.learner.kind == "direct":
+    layout.check_rows("config.batch_size / config.micro_batches", config.batch_size // config.micro_batches)
+    rows = len(config.abilities) * config.meta.ability_rows
+    layout.check_rows("The number of abilities times config.meta.ability_rows", rows)
   return layout
-
-
-def _check_rows(config: ml_collections.ConfigDict, layout: Layout) -> None:
-  rows = {"config.batch_size / config.micro_batches": config.batch_size // config.micro_batches}
-  if config.abilities:
-    rows["The number of abilities times config.meta.ability_rows"] = len(config.abilities) * config.meta.ability_rows
-  for name, number in rows.items():
-    if config.learner.kind == "direct" and number % spread_lib.Spread(layout.mesh).size(spread_lib.ROWS):
-      raise _does_not_divide(f"{name} = {number}", number, spread_lib.ROWS, layout.mesh)
 
 
 def _does_not_divide(what: str, number: int, axis: str | tuple[str, ...], mesh: Mesh) -> errors.InputError:

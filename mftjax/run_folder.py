@@ -11,7 +11,7 @@ import filelock
 import ml_collections
 
 from mftjax import config as config_lib
-from mftjax import errors, files, parallel
+from mftjax import errors, files, hosts, parallel
 
 _LOCK, _HOLDER = ".lock", "held_by.json"
 # Fields of the machine, not of the run.
@@ -22,12 +22,18 @@ _held: dict[pathlib.Path, filelock.FileLock] = {}
 
 
 def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the workdir this process's own until it ends, and writes `config.json` or sees that it is the same.
+  """Makes the workdir this run's own until it ends, and writes `config.json` or sees that it is the same.
+
+  Of several hosts the first has it.
 
   Raises:
     InputError: the workdir belongs to another config, is another process's, or cannot be written.
   """
   check(config, workdir)
+  hosts.first_does(lambda: _claim(config, workdir))
+
+
+def _claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     _hold(workdir)

@@ -8,13 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
-import jax
 import numpy as np
 import rich.console
 import rich.progress
 import tensorboardX
 
-from mftjax import files
+from mftjax import files, hosts
 from mftjax.errors import InputError
 
 _PLAIN_SECONDS = 5.0  # at most one plain line in this time
@@ -56,7 +55,7 @@ class Tracker:
     self._start_step = start_step
     self._tokens_per_step = tokens_per_step
     self._console = console or rich.console.Console(stderr=True)
-    self._is_writer = jax.process_index() == 0
+    self._is_writer = hosts.is_first()
     self._is_loud = self._is_writer and not quiet
     self._progress: rich.progress.Progress | None = None
     self._file: IO[str] | None = None

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import checkpoint, errors, metagrad, models, recipe, run_folder, sft, tracking
+from mftjax import checkpoint, errors, hosts, metagrad, models, recipe, run_folder, sft, tracking
 from mftjax import config as config_lib
 from mftjax.data import mixture
 from mftjax.loops import curriculum, meta_train, predict
@@ -92,7 +92,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   """Train by a recipe and export the model; returns `WORKDIR/finetune/NAME/model`.
 
   Raises:
-    InputError: recipe, data, model or workdir do not fit; before anything is written.
+    InputError: recipe, data, model, devices or workdir do not fit; before anything is written.
     MftError: the training loss is not finite.
   """
   config_lib.need_sources(config)
@@ -102,14 +102,14 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   rows = task_lib.source_rows(config, tokenizer)
   names = task_lib.names(config.sources)
   batch_size, num_steps, micro_batches = run_length(config, found["hyperparameters"])
+  network.layout.check_rows("The recipe's batch_size / micro_batches", batch_size // micro_batches)
   values = inner_hyperparameters(config, found["hyperparameters"])
   stream = mixture.Stream(rows, batch_size, config.seed + 2)
   learned = meta_train.restore(config, network, workdir) if name == "learnt" and network.memory is not None else None
   memory = learned[1].meta_params["memory"] if learned else network.memory
   run_folder.claim(config, workdir)
   folder = workdir / "finetune" / name
-  folder.mkdir(parents=True, exist_ok=True)
-  recipe.save(found, folder / "recipe.json")
+  hosts.first_does(lambda: recipe.save(found, folder / "recipe.json"))
 
   # Rows are drawn from the mixture itself: equal logits over a uniform proposal give every one the weight 1.
   meta_params = {
@@ -160,5 +160,6 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
         if checkpoints.is_due(step + 1, num_steps, config.checkpoint_every):
           checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   params = sft.adapted(metagrad.read_params(build_problem(network.frozen), state), values)
-  models.save(network.merge(network.frozen, params, memory), tokenizer, folder / "model")
+  whole = hosts.whole((network.frozen, params, memory))
+  hosts.first_does(lambda: models.save(network.merge(*whole), tokenizer, folder / "model"))
   return folder / "model"

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from mftjax import checkpoint, metagrad, run_folder, sft, tracking
+from mftjax import checkpoint, errors, metagrad, run_folder, sft, tracking
 from mftjax import config as config_lib
 from mftjax.data import mixture
 from mftjax.loops import curriculum, outer_gradient, outer_objective
@@ -134,7 +134,7 @@ def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Networ
       "is_finite": is_finite,
       "finite": out.metrics.get("finite", {}),
     }
-    return after, metrics
+    return after, network.layout.pin(metrics)
 
   return outer_step
 
@@ -204,6 +204,8 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
     MftError: `meta.max_skipped` outer steps in a row were not finite; the batch that did it is in the workdir.
   """
   run_folder.check(config, workdir)
+  if config.meta.check and jax.process_count() > 1:
+    raise errors.InputError("config.meta.check = True runs on one host only.")
   network, tokenizer = task_lib.build_network(config)
   rows = task_lib.source_rows(config, tokenizer)
   held_out = task_lib.ability_rows(config, tokenizer)
@@ -241,19 +243,19 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
       if is_fresh:
         inner_steps_done, run_length = 0, draw_run_length(config, step, num_steps)
       logits = state.meta_params["mixture_logits"]
-      inner_batches = curriculum.draw(config, stream, logits, inner_steps_done, length, num_steps)
-      inner_batches = network.layout.place_rows(inner_batches, axis=1)
-      outer_batch = network.layout.place_rows(ability_stream.next(uniform))
+      batches = curriculum.draw(config, stream, logits, inner_steps_done, length, num_steps)
+      outer_batch = ability_stream.next(uniform)
       key = jax.random.fold_in(jax.random.key(config.seed), step)
       if config.meta.check and step == 0:
-        _check(config, network, state, inner_batches, outer_batch, key)
-      state, metrics = outer_step(network.frozen, state, network.params, is_fresh, inner_batches, outer_batch, key)
+        _check(config, network, state, batches, outer_batch, key)
+      placed = network.layout.place_rows(batches, axis=1), network.layout.place_rows(outer_batch)
+      state, metrics = outer_step(network.frozen, state, network.params, is_fresh, *placed, key)
       inner_steps_done = int(state.inner.step)
       skipped = 0 if bool(metrics["is_finite"]) else skipped + 1
       if skipped:
         logging.warning("Outer step %d is not finite and was skipped: %s.", step, _non_finite_terms(metrics["finite"]))
       tracker.log(step + 1, _line(config, state, metrics, skipped))
-      task_lib.stop_if_skipped(config, workdir, skipped, {"inner": inner_batches, "outer": outer_batch})
+      task_lib.stop_if_skipped(config, workdir, skipped, {"inner": batches, "outer": outer_batch})
       if checkpoints.is_due(step + 1, config.meta.outer_steps, config.checkpoint_every):
         data = {"stream": stream.state(), "ability_stream": ability_stream.state(), "run_length": run_length}
         checkpoints.save(step + 1, task_lib.pure(state), data)

@@ -13,7 +13,7 @@ from absl import logging
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import errors, metagrad, models, parallel, sft, types
+from mftjax import errors, hosts, metagrad, models, parallel, sft, types
 from mftjax.data import sources, tokens
 
 # Fields of an ability that say how it is measured, not where its examples are read from.
@@ -222,7 +222,7 @@ def stop_if_skipped(config: ml_collections.ConfigDict, workdir: pathlib.Path, sk
   """Raises `MftError` after `meta.max_skipped` non-finite outer steps in a row, and writes the last one's batch."""
   if skipped >= config.meta.max_skipped:
     path = workdir / "non_finite_batch.npz"
-    np.savez(path, **pure(batch))
+    hosts.first_does(lambda: np.savez(path, **pure(batch)))
     raise errors.MftError(f"{skipped} outer steps in a row were not finite; the last batch is in {path}.")
 
 

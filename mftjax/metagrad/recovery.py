@@ -215,7 +215,7 @@ class _Window:
 
 def device_budget() -> int:
   """A quarter of a device's memory, or 2 GiB where it does not say how much it has; bytes."""
-  stats = jax.devices()[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   return stats["bytes_limit"] // 4 if "bytes_limit" in stats else DEFAULT_MEMORY_BYTES
 
 

@@ -9,8 +9,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from configs import compare as compare_config
-from mftjax import models, parallel
+from mftjax import models, parallel, recipe
 from mftjax.errors import InputError
+from mftjax.loops import finetune, predict
 from mftjax.loops import task as task_lib
 
 
@@ -112,3 +113,13 @@ def test_on_one_device_nothing_is_put_anywhere():
   layout, tree = parallel.single(), {"q_proj": jnp.ones((2, 3))}
   assert layout.place(tree) is tree and layout.pin(tree) is tree and layout.place_rows(tree) is tree
   assert PartitionSpec("task") and layout.over_tasks(lambda s, x: s * x, 2.0)(jnp.arange(3.0)).tolist() == [0, 2, 4]
+
+
+def test_a_recipe_s_batch_that_does_not_divide_is_refused(tmp_path):
+  config = config_of(parallel__data=4)
+  found = predict.default_recipe(config)
+  found["hyperparameters"]["batch_size"] = 6.0
+  recipe.save(found, tmp_path / "six.json")
+  with pytest.raises(InputError, match=r"The recipe's batch_size / micro_batches = 6 does not divide.*1, 2, 3, 6"):
+    finetune.finetune(config, tmp_path / "run", str(tmp_path / "six.json"))
+  assert not (tmp_path / "run").exists()

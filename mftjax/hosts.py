@@ -1,0 +1,72 @@
+"""Several hosts, or processes of one, that run one program together: the first of them writes the files."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mftjax import errors
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+  """Joins the other processes; before anything is computed.
+
+  Args:
+    coordinator: `HOST:PORT` of the first process, on which it listens. What is None JAX finds itself on a Cloud TPU, on
+      GKE, and under SLURM or Open MPI.
+    num_processes, process_id: how many there are, and which this is, from 0.
+
+  Raises:
+    InputError: some of the three are given and others cannot be found, or they do not go together.
+  """
+  given = f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}"
+  if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
+    raise errors.InputError(f"{given}: process_id must be 0 .. num_processes - 1.")
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+  except (ValueError, RuntimeError) as error:
+    raise errors.InputError(f"Several hosts were asked for ({given}), but: {error}") from error
+
+
+def is_first() -> bool:
+  """Whether this process writes the files that all have in common."""
+  return jax.process_index() == 0
+
+
+def first_does(action: Callable[[], Any]) -> None:
+  """Has the first process do something while the others wait; where that fails, all end.
+
+  Raises:
+    InputError: it failed on the first process (which raises what it raised there).
+  """
+  if jax.process_count() == 1:
+    action()
+    return
+  error: BaseException | None = None
+  if is_first():
+    try:
+      action()
+    except BaseException as caught:  # the others wait for it
+      error = caught
+  is_done = multihost_utils.broadcast_one_to_all(np.asarray(error is None))
+  if error is not None:
+    raise error
+  if not is_done:
+    raise errors.InputError("The first process gave up; see what it says.")
+
+
+def any_of(flag: bool) -> bool:
+  """Whether it holds on any process; all ask at the same time."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def whole(tree: Any) -> Any:
+  """The tree's arrays as they are on one process; those that are split over several as NumPy arrays, on all of them."""
+  if jax.process_count() == 1:
+    return tree
+  gather = lambda x: np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+  return jax.tree.map(gather, tree)
