@@ -56,8 +56,8 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
   except Exception as error:
     if _is_no_room(error):
       print(f"error: {error}. Make room, and give the same command to go on from what was saved.", file=sys.stderr)
-    else:
-      traceback.print_exc()
+      _end_now(1)
+    traceback.print_exc()
     sys.exit(1)
 
 
@@ -66,6 +66,13 @@ def _without_traceback(record: std_logging.LogRecord) -> bool:
   if "orbax" in record.pathname:
     record.exc_info = None
   return True
+
+
+def _end_now(code: int) -> None:
+  """Ends with what was said last: threads that still write would each tell the same error again, after it."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def _is_no_room(error: BaseException | None) -> bool:
