@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Several processes on this machine that run one command together, as several hosts would:
 #   launch/local.sh NUM_PROCESSES COMMAND ...
-#   launch/local.sh 2 python -m experiments.meta_train --config=configs/quickstart.py --workdir=runs/two \
-#     --config.cpu_devices=4 --config.parallel.fsdp=0
+#   launch/local.sh 2 python -m experiments.finetune --config=configs/base.py --recipe=default --workdir=runs/two \
+#     --config.cpu_devices=2 --config.parallel.fsdp=0
 # Each process has `cpu_devices` devices of its own. A signal goes to all of them; the exit code is the first that is not 0.
 set -uo pipefail
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
