@@ -20,12 +20,10 @@ for (( id = 0; id < number; id++ )); do
 done
 code=0
 for process in "${processes[@]}"; do
-  while true; do
-    wait "$process"
-    found=$?
-    # A signal ends `wait`, not the process.
-    kill -0 "$process" 2>/dev/null || break
-  done
+  # A signal ends `wait`, not the process, whose exit code bash remembers.
+  while kill -0 "$process" 2>/dev/null; do wait "$process"; done
+  wait "$process"
+  found=$?
   (( code == 0 )) && code=$found
 done
 exit "$code"

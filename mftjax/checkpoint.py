@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from mftjax import hosts, stopping
 from mftjax.errors import InputError
@@ -51,6 +50,7 @@ class Checkpoints:
 
   def is_due(self, step: int, last: int, every: int) -> bool:
     """Whether to save after so many steps: every so many, after the last one, and when the run is asked to stop."""
+    # First, because all hosts have to ask, whatever the step.
     return hosts.any_of(stopping.is_asked()) or step % every == 0 or step == last
 
   def save(self, step: int, arrays: Any, data: dict[str, Any]) -> None:
@@ -133,18 +133,18 @@ class Checkpoints:
     # Orbax never saves a step that is not newer than what it finds, so a torn one would block the run.
     if not torn:
       return
-    if hosts.is_first():
-      for step in torn:
-        source = self._directory / str(step)
-        target = source.with_name(f"{step}{_TORN}")
-        number = 1
-        while target.exists():
-          number += 1
-          target = source.with_name(f"{step}{_TORN}{number}")
-        source.rename(target)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("mftjax_torn_checkpoints")
+    hosts.first_does(lambda: self._rename(torn))
     self._checkpoints.reload()
+
+  def _rename(self, torn: list[int]) -> None:
+    for step in torn:
+      source = self._directory / str(step)
+      target = source.with_name(f"{step}{_TORN}")
+      number = 1
+      while target.exists():
+        number += 1
+        target = source.with_name(f"{step}{_TORN}{number}")
+      source.rename(target)
 
 
 def _first_line(error: Exception) -> str:

@@ -64,9 +64,7 @@ FIELDS: dict[str, Field] = {
   ),
   "truncate_side": Field("left", "side on which a prompt that is too long is cut", **_one_of("left", "right")),
   "compilation_cache": Field("default", "folder of compiled programs; 'default' is ~/.cache/mftjax, '' is off"),
-  "cpu_devices": Field(
-    0, "devices that a CPU is split into, over which meta-tasks are spread; 0 leaves that to JAX", **_at_least(0)
-  ),
+  "cpu_devices": Field(0, "devices that a CPU is split into (see parallel); 0 leaves that to JAX", **_at_least(0)),
   "parallel.strategy": Field(
     "mesh", "how tasks are mapped: mesh, or pmap (tasks only)", **_one_of(*parallel.STRATEGIES)
   ),

@@ -40,10 +40,15 @@ class Layout:
     """Groups of devices that tasks are split over."""
     return self.mesh.shape["task"]
 
-  @functools.cached_property
-  def spread(self) -> spread_lib.Spread | None:
-    """How a model lies on the devices of its task; None where that is one device."""
-    return spread_lib.Spread(self.mesh) if self.mesh.size > self.num_task_groups else None
+  @property
+  def spread(self) -> spread_lib.Spread:
+    """How a model lies on the devices of its task."""
+    return spread_lib.Spread(self.mesh)
+
+  @property
+  def is_split(self) -> bool:
+    """Whether a task has several devices."""
+    return self.mesh.size > self.num_task_groups
 
   def split(self, decoder: models.Decoder) -> None:
     """Has a decoder lie on the devices of its task, in place; its parameters are put there by `place`.
@@ -51,7 +56,7 @@ class Layout:
     Raises:
       InputError: its heads or widths do not divide, with the numbers that would.
     """
-    if self.spread is None:
+    if not self.is_split:
       return
     for name in ("num_heads", "num_kv_heads"):
       number = getattr(decoder.config, name)
@@ -69,81 +74,75 @@ class Layout:
     return jax.tree.map_with_path(lambda path, leaf: self._checked(path, leaf.shape), tree)
 
   def _checked(self, path: Any, shape: tuple[int, ...]) -> NamedSharding:
-    spread = spread_lib.Spread(self.mesh)
-    if found := spread.undivided(path, shape):
+    if found := self.spread.undivided(path, shape):
       size, axis = found
       raise _does_not_divide(f"The width {size} of {jax.tree_util.keystr(path)}", size, axis, self.mesh)
-    return spread.sharding(path, shape)
+    return self.spread.sharding(path, shape)
 
   def place(self, tree: Any) -> Any:
     """The tree's arrays, put where `shardings` has them; as they are on one device."""
-    if self.spread is None:
+    if not self.is_split:
       return tree
     return jax.device_put(tree, self.shardings(tree))
 
   def check_rows(self, what: str, number: int) -> None:
     """Raise `InputError` if so many rows do not divide; `what` they are comes first in the message."""
-    if number % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
+    if number % self.spread.size(spread_lib.ROWS):
       raise _does_not_divide(f"{what} = {number}", number, spread_lib.ROWS, self.mesh)
 
   def place_rows(self, tree: Any, axis: int = 0) -> Any:
     """Batches, put on the devices split by rows, which are this axis of every array; as they are on one device."""
-    if self.spread is None:
+    if not self.is_split:
       return tree
     return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(*[None] * axis, spread_lib.ROWS)))
 
   def pin(self, tree: Any) -> Any:
     """`place` inside `jax.jit`: what has these parameters' names, or is made of them, lies as they do."""
-    if self.spread is None:
+    if not self.is_split:
       return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree))
 
-  def over_tasks(self, program: Callable[..., Any], shared: Any) -> Callable[..., Any]:
+  def share(self, tree: Any) -> Any:
+    """What all tasks of `over_tasks` have in common, put on every group's devices; as it is on one device."""
+    return tree if self.mesh.size == 1 else jax.device_put(tree, self.shardings(tree))
+
+  def over_tasks(self, program: Callable[..., Any]) -> Callable[..., Any]:
     """`program(shared, *args)` of one task, over the leading axis of all args, compiled.
 
-    What it returns is on the first device, and args may come from anywhere. Where tasks do not divide by the groups of
-    devices, the last one is repeated and left out.
+    What it returns is on the first device; args may come from anywhere, `shared` from `share`. Where tasks do not
+    divide by the groups of devices, the last one is repeated and left out.
     """
-    groups = self.num_task_groups
-    first = self.mesh.devices.flat[0]
-    run = self._mapped(program)
-    placed = functools.cache(lambda: self._shared(shared))
+    groups, run = self.num_task_groups, self._mapped(program)
     if self.mesh.size == 1:
-      return lambda *args: run(shared, args)
+      return lambda shared, *args: run(shared, args)
 
-    def call(*args):
+    def call(shared, *args):
       count = len(jax.tree.leaves(args)[0])
       index = np.minimum(np.arange(-(-count // groups) * groups), count - 1)
       args = jax.tree.map(lambda x: x[index], args)
-      found = jax.device_put(run(placed(), args), first)
+      found = jax.device_put(run(shared, args), self.mesh.devices.flat[0])
       return jax.tree.map(lambda x: x[:count], found)
 
     return call
 
-  def _shared(self, shared: Any) -> Any:
-    """What all tasks have in common, on every group's devices."""
-    return self.place(shared) if self.spread else jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
-
   def _mapped(self, program: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     """`(shared, args) -> results`, compiled, for args whose tasks divide by the groups."""
-    groups = self.num_task_groups
     whole, split = PartitionSpec(), PartitionSpec("task")
     on_tasks = NamedSharding(self.mesh, split)
-    each = lambda shared, args: jax.vmap(functools.partial(program, shared))(*args)
+    axis_name = "task" if self.is_split else None
+    each = lambda shared, args: jax.vmap(functools.partial(program, shared), spmd_axis_name=axis_name)(*args)
     if self.mesh.size == 1:
       return jax.jit(each)
     if self.strategy == "pmap":
       mapped = jax.pmap(each, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
-      in_groups = lambda x: jax.device_put(x.reshape(groups, -1, *x.shape[1:]), on_tasks)
+      in_groups = lambda x: jax.device_put(x.reshape(self.num_task_groups, -1, *x.shape[1:]), on_tasks)
       together = lambda x: x.reshape(-1, *x.shape[2:])
       return lambda shared, args: jax.tree.map(together, mapped(shared, jax.tree.map(in_groups, args)))
-    if self.spread is None:
-      manual = jax.shard_map(each, mesh=self.mesh, in_specs=(whole, split), out_specs=split, check_vma=False)
-      run = jax.jit(manual)
-    else:
+    if self.is_split:
       # Not shard_map: XLA does not split a model within a group while the tasks are split by hand.
-      spread_over = lambda shared, args: jax.vmap(functools.partial(program, shared), spmd_axis_name="task")(*args)
-      run = jax.jit(spread_over, out_shardings=on_tasks)
+      run = jax.jit(each, out_shardings=on_tasks)
+    else:
+      run = jax.jit(jax.shard_map(each, mesh=self.mesh, in_specs=(whole, split), out_specs=split, check_vma=False))
     return lambda shared, args: run(shared, jax.device_put(args, on_tasks))
 
 

@@ -19,9 +19,9 @@ def run(script, workdir, *extra, config=CONFIG, prefix=()):
   return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def started(script, workdir, *extra, lines=0):
+def started(script, workdir, *extra, lines=0, prefix=()):
   """A process that runs the command and has written so many lines of metrics; the caller ends it."""
-  words = command(script, workdir, *extra)
+  words = [*prefix, *command(script, workdir, *extra)]
   process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
   while time.monotonic() < deadline and process.poll() is None:

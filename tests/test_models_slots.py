@@ -1,4 +1,4 @@
-"""The slots of a memory: ranking, reviving, spreading over devices, in and out as arrays."""
+"""The slots of a memory: ranking, reviving, in and out as arrays."""
 
 import jax
 import jax.numpy as jnp

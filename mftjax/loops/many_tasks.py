@@ -1,6 +1,7 @@
 """Programs that fine-tune a model on several meta-tasks at once, and differentiate those runs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,7 +85,13 @@ class Model:
       params, frozen = shared
       return build(dataclasses.replace(self, params=params, frozen=frozen))(*args)
 
-    return self.layout.over_tasks(one, (self.params, self.frozen))
+    run = self.layout.over_tasks(one)
+    return lambda *args: run(self._shared, *args)
+
+  @functools.cached_property
+  def _shared(self) -> Any:
+    """Params and frozen weights on the devices of all tasks: one copy for all programs."""
+    return self.layout.share((self.params, self.frozen))
 
 
 def mixture(mixture_logits: jax.Array, source_mask: jax.Array) -> jax.Array:

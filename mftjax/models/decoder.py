@@ -230,20 +230,22 @@ class Decoder(nnx.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """`[batch, length, hidden_size]` embeddings, in the compute dtype."""
-    return self._rows(jnp.take(self._used("embedding"), tokens, axis=0).astype(self.config.dtype))
+    return self._rows(jnp.take(self._used("embedding", self.embedding[...]), tokens, axis=0).astype(self.config.dtype))
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., vocab_size]` f32 logits of `[..., hidden_size]` last hidden states."""
     normed = rms_norm(hidden, self.final_norm[...], self.config.norm_eps)
-    head = self._used("embedding").T if self.config.tie_embeddings else self._used("head")
+    head = (
+      self._used("embedding", self.embedding[...]).T
+      if self.config.tie_embeddings
+      else self._used("head", self.head[...])
+    )
     flat = normed.reshape(-1, normed.shape[-1])  # as in `project`
     out = jnp.matmul(flat, head.astype(normed.dtype), preferred_element_type=at_least_f32(normed.dtype))
     return out.reshape(*hidden.shape[:-1], -1)
 
-  def _used(self, name: str) -> jax.Array:
-    """One of the parameters outside the layers, as it is used."""
-    value = getattr(self, name)[...]
-    return value if self.spread is None else self.spread.gathered({name: value})[name]
+  def _used(self, name: str, value: jax.Array) -> jax.Array:
+    return value if self.spread is None else self.spread.used(name, value)
 
   def _rows(self, hidden: jax.Array) -> jax.Array:
     return hidden if self.spread is None else self.spread.rows(hidden)
@@ -302,8 +304,7 @@ class Decoder(nnx.Module):
 
     def body(hidden, inputs, memory=None):
       params, layer_cache = inputs
-      if self.spread is not None:
-        params = self.spread.gathered(params)
+      params = {name: self._used(name, value) for name, value in params.items()}
       out, layer_cache = layer(params, hidden, rope, attend, config, lora_scale, layer_cache, index, memory, placement)
       return self._rows(out), layer_cache
 

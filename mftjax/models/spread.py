@@ -1,7 +1,8 @@
 """How a model that is split over devices lies on them: which axis of each parameter, by its name, and its rows."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -87,18 +88,13 @@ class Spread:
 
   def size(self, axis: _Axes) -> int:
     """Parts that an array is split into over these axes."""
-    found = 1
-    for name in (axis,) if isinstance(axis, str) else axis or ():
-      found *= self.mesh.shape[name]
-    return found
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return math.prod(self.mesh.shape[name] for name in names)
 
-  def gathered(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Name -> array as a layer uses it. Inside `jax.jit`: there XLA gathers each layer just before, and drops it."""
-    constrain = jax.lax.with_sharding_constraint
-    return {
-      name: constrain(value, self.sharding([jax.tree_util.DictKey(name)], value.shape, is_gathered=True))
-      for name, value in params.items()
-    }
+  def used(self, name: str, value: jax.Array) -> jax.Array:
+    """A parameter as it is used. Inside `jax.jit`: there XLA gathers it just before, and drops it."""
+    sharding = self.sharding([jax.tree_util.DictKey(name)], value.shape, is_gathered=True)
+    return jax.lax.with_sharding_constraint(value, sharding)
 
   def rows(self, hidden: jax.Array) -> jax.Array:
     """`[batch, ...]` states split by rows; as they are where the rows do not divide. Inside `jax.jit`."""

@@ -1,30 +1,23 @@
 """Two processes that run one command together, as two hosts would, against one process with as many devices."""
 
-import os
 import signal
-import subprocess
-import time
 
 import numpy as np
 import psutil
 import pytest
 
 from mftjax import models, tracking
-from tests.commands import command, run
-from tests.pages import ROOT
+from tests.commands import run, started
 
 FLAGS = ("--config.batch_size=8", "--config.meta.ability_rows=4", f"--config.budget_tokens={12 * 8 * 48}")
 FLAGS += ("--config.meta.method=first_order", "--config.parallel.data=2", "--config.parallel.fsdp=2")
 
 
-def environment():
-  """Without this process's own settings of XLA."""
-  return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+TWO = ("launch/local.sh", "2")
 
 
-def start_two(script, workdir, *extra):
-  words = ["launch/local.sh", "2", *command(script, workdir, *FLAGS, "--config.cpu_devices=2", *extra)]
-  return subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+def start_two(script, workdir, *extra, lines=0):
+  return started(script, workdir, *FLAGS, "--config.cpu_devices=2", *extra, lines=lines, prefix=TWO)
 
 
 def lines(workdir, name="outer_loss", phase="meta_train"):
@@ -42,12 +35,7 @@ def one(tmp_path_factory):
 
 
 def test_two_processes_equal_one_and_stop_and_go_on_together(one, tmp_path):
-  process = start_two("meta_train", tmp_path / "two")
-  metrics, deadline = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 300
-  while time.monotonic() < deadline and process.poll() is None:
-    if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
-      break
-    time.sleep(0.01)
+  process = start_two("meta_train", tmp_path / "two", lines=3)
   psutil.Process(process.pid).children()[1].send_signal(signal.SIGTERM)  # one is asked, and both stop
   _, said = process.communicate()
   assert process.returncode == 0 and said.count("Give the same command to go on") == 2, said
@@ -81,8 +69,7 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path):
   process = start_two("meta_train", tmp_path / "run", "--config.meta.check=True")
   _, said = process.communicate()
   assert process.returncode == 2 and "config.meta.check" in said and not (tmp_path / "run").exists(), said
-  words = ["launch/local.sh", "2", *command("meta_train", tmp_path / "run", config="configs/compare.py:tiny")]
-  done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+  done = run("meta_train", tmp_path / "run", config="configs/compare.py:tiny", prefix=TWO)
   assert done.returncode == 2 and "learner.kind = 'direct' alone" in done.stderr, done.stderr
 
 

@@ -66,7 +66,7 @@ def test_tasks_are_computed_on_all_groups_and_found_on_the_first_device():
   layout = parallel.build(compare_config.get_config("tiny"))
   shared, x = {"w": jnp.arange(3.0)}, jnp.arange(15.0).reshape(5, 3)  # 5 tasks do not divide by 8
   where = lambda shared, x: (jax.lax.axis_index("task"), shared["w"] @ x)
-  group, product = layout.over_tasks(where, shared)(x)
+  group, product = layout.over_tasks(where)(layout.share(shared), x)
   assert group.tolist() == [0, 1, 2, 3, 4] and group.devices() == {jax.devices()[0]}
   np.testing.assert_array_equal(product, x @ shared["w"])
 
@@ -112,7 +112,7 @@ def test_devices_that_are_left_idle_are_named(caplog):
 def test_on_one_device_nothing_is_put_anywhere():
   layout, tree = parallel.single(), {"q_proj": jnp.ones((2, 3))}
   assert layout.place(tree) is tree and layout.pin(tree) is tree and layout.place_rows(tree) is tree
-  assert PartitionSpec("task") and layout.over_tasks(lambda s, x: s * x, 2.0)(jnp.arange(3.0)).tolist() == [0, 2, 4]
+  assert PartitionSpec("task") and layout.over_tasks(lambda s, x: s * x)(2.0, jnp.arange(3.0)).tolist() == [0, 2, 4]
 
 
 def test_a_recipe_s_batch_that_does_not_divide_is_refused(tmp_path):
