@@ -17,7 +17,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev torch peers quickstart test lint format types unit test-distributed clean
+.PHONY: help install install-dev torch peers quickstart test lint format types unit test-distributed audit clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -89,6 +89,14 @@ unit: $(VENV)/.installed-dev  ## pytest
 # Processes of their own, since JAX counts its devices once.
 test-distributed: $(VENV)/.installed-dev  ## pytest on eight simulated devices
 	$(BIN)/python -m pytest -q tests/distributed
+
+# The list is written when all could be asked for; without one the advisories were not within reach.
+audit: $(VENV)/.installed-dev  ## look the pinned versions up among the known vulnerabilities
+	@rm -f $(VENV)/audit.txt
+	@$(BIN)/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
+	  --output $(VENV)/audit.txt 2> $(VENV)/audit.log || { [ ! -s $(VENV)/audit.txt ] || { cat $(VENV)/audit.txt; exit 1; }; }
+	@[ -e $(VENV)/audit.txt ] && echo "No known vulnerability; $$(grep -c 'could not be audited' $(VENV)/audit.txt) of" \
+	  "$$(grep -c == requirements.txt) packages could not be looked up." || echo "NOTE: no audit: $$(tail -1 $(VENV)/audit.log)"
 
 format: $(VENV)/.installed-dev  ## ruff, writing the files
 	$(BIN)/ruff check --fix .

@@ -14,7 +14,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mftjax import config as config_lib
-from mftjax import errors, hosts, stopping
+from mftjax import errors, hosts, stopping, trackers, watching
 
 # It would say at each start that torch is missing, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,6 +26,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same com
 _HOSTS = flags.DEFINE_bool("hosts", False, "one of several hosts, which a Cloud TPU, GKE, SLURM or Open MPI names")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run this together")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which WORKDIR/profile gets a trace")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
@@ -87,7 +88,7 @@ def _is_no_room(error: BaseException | None) -> bool:
 def _flag_help() -> list[str]:
   main_flags = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
   rows = [(flag.name, flag.help) for flag in main_flags]
-  own = (flags.FLAGS[flag.name] for flag in (_HOSTS, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID))
+  own = (flags.FLAGS[flag.name] for flag in (_HOSTS, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _PROFILE))
   rows += [(flag.name, flag.help) for flag in own]
   return ["--config: configs/X.py[:variant]", "--workdir: folder of the run"] + [
     f"--{name}: {text}" for name, text in rows
@@ -109,6 +110,8 @@ def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
   if _HOSTS.value or any(value is not None for value in processes):
     hosts.start(*processes)
   config_lib.check(config)
+  watching.start(_PROFILE.value, config.stuck_seconds)
+  trackers.start(config)
   return config, pathlib.Path(_WORKDIR.value).absolute()
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mftjax import balancing, metagrad, objectives, parallel
+from mftjax import balancing, metagrad, objectives, parallel, trackers
 from mftjax.models import attention, decoder
 
 
@@ -29,6 +29,10 @@ def _above(low: float) -> dict[str, Any]:
 
 def _one_of(*words: str) -> dict[str, Any]:
   return {"check": lambda value: value in words, "allowed": "one of " + ", ".join(words)}
+
+
+def _words_of(*words: str) -> dict[str, Any]:
+  return {"check": lambda value: set(value) <= set(words), "allowed": "a tuple of " + ", ".join(words)}
 
 
 _FRACTION: dict[str, Any] = {"check": lambda value: 0 < value <= 1, "allowed": "above 0, at most 1"}
@@ -65,6 +69,11 @@ FIELDS: dict[str, Field] = {
   "truncate_side": Field("left", "side on which a prompt that is too long is cut", **_one_of("left", "right")),
   "compilation_cache": Field("default", "folder of compiled programs; 'default' is ~/.cache/mftjax, '' is off"),
   "cpu_devices": Field(0, "devices that a CPU is split into (see parallel); 0 leaves that to JAX", **_at_least(0)),
+  "stuck_seconds": Field(
+    1800.0, "seconds without a finished step after which all stacks go to standard error; 0 never", **_at_least(0)
+  ),
+  "trackers": Field((), "other places that metrics go to: wandb, trackio", **_words_of(*trackers.NAMES)),
+  "project": Field("mftjax", "name under which those keep the run"),
   "parallel.strategy": Field(
     "mesh", "how tasks are mapped: mesh, or pmap (tasks only)", **_one_of(*parallel.STRATEGIES)
   ),

@@ -15,7 +15,10 @@ from mftjax import errors, files, hosts, parallel
 
 _LOCK, _HOLDER = ".lock", "held_by.json"
 # Fields of the machine, not of the run.
-_HERE_ALONE = ("compilation_cache", "cpu_devices", *(f"parallel.{name}" for name in ("strategy", *parallel.AXES)))
+_HERE_ALONE = (
+  *("compilation_cache", "cpu_devices", "stuck_seconds", "trackers", "project"),
+  *(f"parallel.{name}" for name in ("strategy", *parallel.AXES)),
+)
 
 # Until the process ends: the system then lets go of them, whatever ended it.
 _held: dict[pathlib.Path, filelock.FileLock] = {}

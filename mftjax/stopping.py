@@ -1,8 +1,11 @@
 """Ending a run when the system or the user asks for it: what is done is saved first."""
 
 import contextlib
+import gc
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -24,9 +27,13 @@ def listen() -> None:
 
 def _ask(number: int, frame: FrameType | None) -> None:
   global _is_asked
-  if _is_asked or not _open:
+  if frame is not None and frame.f_code in [getattr(callback, "__code__", None) for callback in gc.callbacks]:
+    # What is raised in a callback of the garbage collector (JAX has one) goes nowhere.
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    return
+  was_asked, _is_asked = _is_asked, True
+  if was_asked or not _open:
     raise Stopped
-  _is_asked = True
   print("Stopping after this step. Ask again to stop at once.", file=sys.stderr, flush=True)
 
 
@@ -34,6 +41,8 @@ def _ask(number: int, frame: FrameType | None) -> None:
 def saving() -> Iterator[None]:
   """While this is open, who is asked to stop saves first: see `is_asked`; where nothing was, it ends with this."""
   global _open
+  if _is_asked:  # and what was raised then was caught, as in a finaliser
+    raise Stopped
   _open += 1
   try:
     yield

@@ -1,11 +1,12 @@
-"""What a run tells while it runs: a progress bar, one JSON line a step, TensorBoard scalars."""
+"""What a run tells while it runs: a progress bar, one JSON line a step, TensorBoard scalars, other trackers."""
 
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import IO, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import rich.console
 import rich.progress
 import tensorboardX
 
-from mftjax import files, hosts
+from mftjax import files, hosts, trackers, watching
 from mftjax.errors import InputError
 
 _PLAIN_SECONDS = 5.0  # at most one plain line in this time
@@ -31,7 +32,7 @@ class Tracker:
     title: what the bar is called.
     name: the phase, in each line of `metrics.jsonl` and before each TensorBoard tag.
     start_step: steps done before, when resuming; what the phase wrote after that is dropped.
-    tokens_per_step: for tokens/s; 0 leaves it out.
+    tokens_per_step, flops_per_step, num_devices: for tokens/s and utilisation, see `watching.Watch`.
     quiet: print nothing.
     console: where to print; standard error by default.
   """
@@ -45,6 +46,8 @@ class Tracker:
     name: str,
     start_step: int = 0,
     tokens_per_step: int = 0,
+    flops_per_step: float = 0.0,
+    num_devices: int = 1,
     quiet: bool = False,
     console: rich.console.Console | None = None,
   ):
@@ -54,12 +57,20 @@ class Tracker:
     self._name = name
     self._start_step = start_step
     self._tokens_per_step = tokens_per_step
+    self._watch = watching.Watch(
+      self._workdir,
+      name,
+      tokens_per_step=tokens_per_step,
+      flops_per_step=flops_per_step,
+      num_devices=num_devices,
+    )
     self._console = console or rich.console.Console(stderr=True)
     self._is_writer = hosts.is_first()
     self._is_loud = self._is_writer and not quiet
     self._progress: rich.progress.Progress | None = None
     self._file: IO[str] | None = None
     self._scalars: Any = None
+    self._trackers: list[trackers.Tracker] = []
     self._last_plain_seconds = -math.inf
 
   def __enter__(self) -> "Tracker":
@@ -76,6 +87,7 @@ class Tracker:
       self._file = path.open("a", encoding="utf-8")
       purge = {"purge_step": self._start_step + 1} if self._start_step else {}
       self._scalars = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), **purge)
+      self._trackers = trackers.open_all(self._workdir, self._name)
     self._start_seconds = time.monotonic()
     if self._is_loud and self._console.is_terminal:
       self._progress = rich.progress.Progress(
@@ -102,6 +114,16 @@ class Tracker:
     if self._scalars is not None:
       self._scalars.close()
       self._scalars = None
+    while self._trackers:
+      self._trackers.pop().finish()
+
+  def steps(self) -> Iterator[int]:
+    """The steps to do, counted from `start_step`; each is watched."""
+    return self._watch.steps(self._start_step, self._total_steps)
+
+  def input(self) -> AbstractContextManager[None]:
+    """Around what a step waits for before its program starts."""
+    return self._watch.input()
 
   def log(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line of `metrics.jsonl`, the TensorBoard scalars, and moves the bar.
@@ -109,23 +131,27 @@ class Tracker:
     Args:
       step: steps done, the same count as `start_step`.
       values: name -> number, list or dict of numbers, nested as deep as you like; arrays are taken as lists. A
-        value that is not finite is written as `null`, which JSON has, instead of `NaN`, which it has not.
+        value that is not finite is written as `null`, which JSON has, instead of `NaN`, which it has not. What the
+        step took, `Watch.figures`, stands beside them as `machine`.
     """
-    reserved = {"phase", "step", "time_seconds"} & set(values)
+    reserved = {"phase", "step", "time_seconds", "machine"} & set(values)
     if reserved:
       raise InputError(f"{', '.join(sorted(reserved))}: the tracker writes this field itself; use another name.")
     if not self._is_writer:
       return
     if self._file is None:
       raise RuntimeError("log is called inside `with Tracker(...)` only.")
-    plain = {name: _plain(value) for name, value in values.items()}
+    plain = {name: _plain(value) for name, value in {**values, "machine": self._watch.figures()}.items()}
     elapsed = time.monotonic() - self._start_seconds
     seconds = round(self._seconds_before + elapsed, 3)
     line = {"phase": self._name, "step": int(step), "time_seconds": seconds, **plain}
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
-    for tag, value in _scalars(self._name, plain):
+    scalars = _scalars(self._name, plain)
+    for tag, value in scalars:
       self._scalars.add_scalar(tag, value, int(step))
+    for tracker in self._trackers:
+      tracker.log(int(step), dict(scalars))
     if self._is_loud:
       self._show(int(step), plain, elapsed)
 

@@ -35,6 +35,6 @@ def started(script, workdir, *extra, lines=0, prefix=()):
 def numbers(workdir, phase=None):
   """The metrics without their clock, of one phase or of all."""
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  clocks = ("time_seconds", "tokens_per_second")
+  clocks = ("time_seconds", "machine")
   found = [{key: value for key, value in line.items() if key not in clocks} for line in lines]
   return [line for line in found if phase in (None, line["phase"])]

@@ -1,9 +1,11 @@
 """What can go wrong around a run, done to it: each is one message, and what was saved goes on to the same numbers."""
 
+import gc
 import json
 import os
 import signal
 import socket
+import time
 
 import pytest
 
@@ -62,12 +64,48 @@ def test_asked_twice_nothing_is_waited_for(monkeypatch):
       stopping._ask(signal.SIGTERM, None)
 
 
+@pytest.fixture
+def listening(monkeypatch):
+  monkeypatch.setattr(stopping, "_is_asked", False)
+  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+  stopping.listen()
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)
+
+
+def test_asked_where_nothing_can_be_raised_it_is_raised_later(listening):
+  def callback(phase, info):
+    if phase == "start" and not asked:
+      asked.append(phase)
+      signal.raise_signal(signal.SIGTERM)
+
+  asked = []
+  gc.callbacks.append(callback)
+  with pytest.raises(stopping.Stopped):
+    gc.collect()
+    time.sleep(5)
+  gc.callbacks.remove(callback)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_asked_in_a_finaliser_the_next_part_that_saves_does_not_begin(listening):
+  class Closing:
+    def __del__(self):
+      signal.raise_signal(signal.SIGTERM)
+
+  Closing()
+  with pytest.raises(stopping.Stopped), stopping.saving():
+    pytest.fail("it began")
+
+
 def test_who_saves_nothing_more_stops_when_saving_ends(monkeypatch):
   monkeypatch.setattr(stopping, "_is_asked", False)
   with pytest.raises(stopping.Stopped), stopping.saving():
     with stopping.saving():
       stopping._ask(signal.SIGTERM, None)
     assert stopping.is_asked()
+  monkeypatch.setattr(stopping, "_is_asked", False)
   with pytest.raises(KeyError), stopping.saving():  # an error is not hidden
     raise KeyError
   assert stopping._open == 0

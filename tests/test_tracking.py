@@ -44,6 +44,7 @@ def test_lines_and_scalars(tmp_path):
   first, second = [json.loads(line) for line in text.splitlines()]
   seconds = first.pop("time_seconds")
   assert 0 <= seconds <= second["time_seconds"]
+  assert first.pop("machine")["step_seconds"] > 0
   assert first == {"phase": "meta_train", "step": 1, "loss": 0.5, "mixture": {"a": 0.25, "b": 0.75}, "n": [1, 2]}
   assert second["loss"] is None
   assert second["array"] == [1.5, None]

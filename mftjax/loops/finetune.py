@@ -146,20 +146,38 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
       name=f"finetune/{name}",
       start_step=start,
       tokens_per_step=batch_size * config.length,
+      flops_per_step=network.flops(config.length, batch_size * config.length),
+      num_devices=network.layout.mesh.size,
     )
     with tracker:
-      for step in range(start, num_steps):
+      waiting: dict[int, jax.Array] = {}  # step -> its loss
+      for step in tracker.steps():
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        batch = stream.next(proposal(found, names, step, num_steps))
-        batch = dataclasses.replace(batch, proposal=np.full_like(batch.proposal, 1 / len(names)))
-        batch = network.layout.place_rows(batch)
+        with tracker.input():
+          batch = stream.next(proposal(found, names, step, num_steps))
+          batch = dataclasses.replace(batch, proposal=np.full_like(batch.proposal, 1 / len(names)))
+          batch = network.layout.place_rows(batch)
         state, loss = train_step(network.frozen, meta_params, state, batch, key)
-        if not np.isfinite(float(loss)):
-          raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")
-        tracker.log(step + 1, {"loss": float(loss)})
+        # The loss before is read while this step runs: the devices never wait for the host.
+        _log(tracker, waiting)
+        waiting = {step + 1: loss}
         if checkpoints.is_due(step + 1, num_steps, config.checkpoint_every):
+          _log(tracker, waiting)
+          waiting = {}
           checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   params = sft.adapted(metagrad.read_params(build_problem(network.frozen), state), values)
   whole = hosts.whole((network.frozen, params, memory))
   hosts.first_does(lambda: models.save(network.merge(*whole), tokenizer, folder / "model"))
   return folder / "model"
+
+
+def _log(tracker: tracking.Tracker, losses: Mapping[int, jax.Array]) -> None:
+  """Writes the loss of each of these steps.
+
+  Raises:
+    MftError: one is not finite.
+  """
+  for step, loss in losses.items():
+    if not np.isfinite(float(loss)):
+      raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see metrics.jsonl.")
+    tracker.log(step, {"loss": float(loss)})

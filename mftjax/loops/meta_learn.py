@@ -172,7 +172,7 @@ def meta_learn(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Lear
       tokens_per_step=config.learner.tasks_per_step * setting.run.num_steps * config.batch_size * config.length,
     )
     with tracker:
-      for step in range(start, config.meta.outer_steps):
+      for step in tracker.steps():
         rng = np.random.default_rng([config.seed, step])
         index = rng.choice(config.tasks.num_train, config.learner.tasks_per_step, replace=False)
         batch = jax.tree.map(lambda x: x[index], found)  # noqa: B023 (used at once)

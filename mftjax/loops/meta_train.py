@@ -235,20 +235,23 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
     name="meta_train",
     start_step=start,
     tokens_per_step=tokens_per_step,
+    flops_per_step=network.outer_flops(config),
+    num_devices=network.layout.mesh.size,
   )
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints, tracker:
-    for step in range(start, config.meta.outer_steps):
+    for step in tracker.steps():
       num_steps = horizon(config, state.meta_params)
       is_fresh = inner_steps_done + length > run_length
       if is_fresh:
         inner_steps_done, run_length = 0, draw_run_length(config, step, num_steps)
-      logits = state.meta_params["mixture_logits"]
-      batches = curriculum.draw(config, stream, logits, inner_steps_done, length, num_steps)
-      outer_batch = ability_stream.next(uniform)
+      with tracker.input():
+        logits = state.meta_params["mixture_logits"]
+        batches = curriculum.draw(config, stream, logits, inner_steps_done, length, num_steps)
+        outer_batch = ability_stream.next(uniform)
+        placed = network.layout.place_rows(batches, axis=1), network.layout.place_rows(outer_batch)
       key = jax.random.fold_in(jax.random.key(config.seed), step)
       if config.meta.check and step == 0:
         _check(config, network, state, batches, outer_batch, key)
-      placed = network.layout.place_rows(batches, axis=1), network.layout.place_rows(outer_batch)
       state, metrics = outer_step(network.frozen, state, network.params, is_fresh, *placed, key)
       inner_steps_done = int(state.inner.step)
       skipped = 0 if bool(metrics["is_finite"]) else skipped + 1

@@ -97,7 +97,7 @@ def meta_train(
       workdir, options.outer_steps, title="meta-train", name="retention", start_step=start, tokens_per_step=tokens
     )
     with tracker:
-      for step in range(start, options.outer_steps):
+      for step in tracker.steps():
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         *state, figures = outer_step(setup.frozen, rows, *state, key)
         skipped = skipped + 1 if float(figures["grad_norm"]) == 0.0 else 0

@@ -15,6 +15,7 @@ from flax import nnx
 from mftjax import config as config_lib
 from mftjax import errors, hosts, metagrad, models, parallel, sft, types
 from mftjax.data import sources, tokens
+from mftjax.models import flops
 
 # Fields of an ability that say how it is measured, not where its examples are read from.
 _ABILITY_FIELDS = ("weight", "reference", "test_path", "test_split")
@@ -37,6 +38,25 @@ class Network:
   def merge(self, frozen: nnx.State, params: nnx.State, memory: nnx.State | None) -> models.Decoder:
     """The model with these parameters."""
     return nnx.merge(self.graphdef, memory if memory is not None else nnx.State({}), params, frozen)
+
+  def flops(self, length: int, num_tokens: int) -> float:
+    """FLOPs that an SFT step on so many tokens needs, in rows of this length."""
+    return flops.step(self._shape, length, num_tokens, self._is_adapted)
+
+  def outer_flops(self, config: ml_collections.ConfigDict) -> float:
+    """FLOPs that an outer step of the config needs, 0 if that is not known."""
+    row = config.length
+    num_tokens = config.meta.unroll_length * config.batch_size * row
+    num_held_out = len(config.abilities) * config.meta.ability_rows * row
+    return flops.outer_step(self._shape, row, num_tokens, num_held_out, self._is_adapted, config.meta.method)
+
+  @property
+  def _shape(self) -> models.DecoderConfig:
+    return self.merge(self.frozen, self.params, self.memory).config
+
+  @property
+  def _is_adapted(self) -> bool:
+    return bool(jax.tree.leaves(self.frozen))
 
 
 def load_model(config: ml_collections.ConfigDict) -> tuple[models.Decoder, Any]:

@@ -209,7 +209,8 @@ def _download(path_or_id: str, gguf_file: str | None) -> Path:
 def _tokenizer(folder: Path, **options) -> Any:
   import transformers
 
-  return transformers.AutoTokenizer.from_pretrained(folder, **options)
+  # Said outright, since transformers would ask the terminal whether to run code that comes with a model.
+  return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def _build(config: DecoderConfig, tensors: Mapping[str, Callable], column: int, where: str) -> Decoder:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ _LOG_RATIO = 10.0  # a hyperparameter whose largest value is this many times its
 def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Makes `report.html` from whatever a run has left in its workdir so far.
 
-  Reads `config.json`, `metrics.jsonl` (phase `meta_train`), `recipe.json` and `evaluation.json`; for each that is
-  not there the page says which command makes it.
+  Reads `config.json`, `metrics.jsonl` (of phases but `meta_train` only what they took), `recipe.json` and
+  `evaluation.json`; for each that is not there the page says which command makes it.
 
   Args:
     workdir: the run's folder, which must exist.
@@ -37,7 +38,8 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
     raise InputError(f"{workdir}: no such workdir.")
   config = page.read_object(folder / "config.json")
   evaluation = page.read_object(folder / "evaluation.json")
-  lines = [line for line in tracking.read(folder / tracking.FILE) if line.get("phase") == "meta_train"]
+  every_line = tracking.read(folder / tracking.FILE)
+  lines = [line for line in every_line if line.get("phase") == "meta_train"]
   recipe_path = folder / "recipe.json"
   values = {
     "name": folder.resolve().name,
@@ -47,6 +49,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
     "tokens": None if evaluation is None else evaluation.get("tokens"),
     "num_outer_steps": len(lines),
     "plots": _plots(lines),
+    "took": _took(every_line),
     "recipe": recipe.load(recipe_path) if recipe_path.exists() else None,
   }
   return page.write(folder / "report.html", folder.resolve().name, _BODY, values)
@@ -118,6 +121,26 @@ def _plots(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     if any(steps for steps, _ in series.values()):
       plots.append({"title": title, "image": _plot(series, unit, is_log, stacked=title == "Mixture")})
   return plots
+
+
+def _took(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """What the phases' steps took, as text: medians over the steps but the first two, which compile."""
+  found = []
+  for phase in dict.fromkeys(str(line["phase"]) for line in lines if line.get("machine")):
+    steps = [line["machine"] for line in lines if line.get("phase") == phase and line.get("machine")]
+    middle = lambda fn, steps=steps[2:] or steps: statistics.median(map(fn, steps))
+    memory = max(max(step["memory_bytes"].values()) for step in steps)
+    speed = middle(lambda step: step.get("tokens_per_second") or 0.0)
+    used = middle(lambda step: step.get("utilisation") or 0.0)
+    found.append(
+      [
+        *(phase, f"{len(steps):,}", f"{middle(lambda step: step['step_seconds']):.3g}"),
+        f"{100 * middle(lambda step: step['input_seconds'] / step['step_seconds']):.1f} %",
+        *(page.count(speed) if speed else "–", f"{100 * used:.1f} %" if used else "–"),
+        *(f"{memory / 2**30:.2f}", f"{steps[-1]['compiles']:,}"),
+      ]
+    )
+  return found
 
 
 def _series(lines: Sequence[Mapping[str, Any]], *path: str) -> tuple[list[int], list[float]]:
@@ -218,6 +241,24 @@ The best of each line is bold.</p>
 {% if recipe %}
 {{ show_recipe(recipe) }}
 {% else %}{{ missing("recipe.json", "predict") }}{% endif %}
+
+{% if took %}
+<h2>What it took</h2>
+<p class="soft">Medians over the steps but the first two, which compile; the most memory in use on one device
+(of a CPU, by the process).</p>
+<div class="scroll"><table>
+<thead><tr><th>phase</th><th>steps</th><th>seconds a step</th><th>of it for input</th><th>tokens/s</th>
+<th>utilisation</th><th>memory, GiB</th><th>programs compiled</th></tr></thead>
+<tbody>
+{% for row in took %}
+<tr>
+{% for cell in row %}
+<td>{{ cell }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
 
 <h2>What was run</h2>
 {% if config %}
