@@ -50,11 +50,12 @@ def window(config):
 
 
 def build_step(config):
-  """`(state) -> (state, metrics)`, the real outer step on the first window, and the state before it."""
+  """`(state) -> (state, metrics)`, the real outer step on the first window, and the state before it, which stays."""
   network, _ = task_lib.build_network(config)
   (frozen, state, params, batches, outer), key = window(config)
   outer_step = meta_train.build_outer_step(config, network)
-  return lambda state: outer_step(frozen, state, params, True, batches, outer, key), state
+  kept = lambda state: jax.tree.map(jnp.copy, state)
+  return lambda state: outer_step(frozen, kept(state), params, True, batches, outer, key), state
 
 
 @pytest.fixture(scope="module")

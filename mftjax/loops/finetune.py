@@ -126,7 +126,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
     built = task_lib.problem(config, loss, outer_loss, hyperparameters, num_steps)
     return dataclasses.replace(built, micro_batches=micro_batches)
 
-  @jax.jit
+  @functools.partial(jax.jit, donate_argnums=2)
   def train_step(frozen, meta_params, state, batch, rng):
     state, _, loss = metagrad.inner_step(build_problem(frozen), meta_params, state, batch, rng)
     return network.layout.pin(state), loss

@@ -102,12 +102,13 @@ def falling_adams(rates: Mapping[str, float], num_steps: int) -> optax.GradientT
 def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Network):
   """`(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng) -> (state, metrics)`, jitted.
 
-  A step whose loss or meta-gradient is not finite leaves all but the start of a fresh inner run as it was.
+  A step whose loss or meta-gradient is not finite leaves all but the start of a fresh inner run as it was. The state that
+  is given is used up: the new one takes its memory.
   """
   outer = outer_optimizer(config)
   options = config_lib.method_options(config)
 
-  @jax.jit
+  @functools.partial(jax.jit, donate_argnums=1)
   def outer_step(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng):
     build = functools.partial(build_problem, config, network, frozen)
     problem = build(functools.partial(outer_objective.loss, config, state.objective))
@@ -183,7 +184,8 @@ def init_state(config: ml_collections.ConfigDict, network: task_lib.Network) -> 
   options = config_lib.method_options(config)
   inner = metagrad.init(problem, meta_params, network.params, config.meta.method, **options)
   state = OuterState(meta_params, outer_optimizer(config).init(meta_params), inner, outer_objective.init(config))
-  return network.layout.place(state)
+  # A copy, since the network's own params start the next inner run when this one's memory has been given away.
+  return network.layout.place(jax.tree.map(jnp.copy, state))
 
 
 def restore(config: ml_collections.ConfigDict, network: task_lib.Network, workdir: pathlib.Path):
