@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peer_models, peers, xla_cost
+from benchmarks import collectives, peer_models, peers, xla_cost
 
 
 def test_flops_of_a_dot_in_a_scan_in_a_scan():
@@ -80,6 +80,53 @@ ENTRY %main (a: f32[4,8], b: f32[8,16]) -> f32[4,16] {
   assert count("Sharding") == {"flops": 0, "matmul_flops": 0, "uncounted": ["Sharding"]}
   with pytest.raises(ValueError, match="looks like a matmul"):
     count("some_dot_kernel")
+
+
+@pytest.mark.parametrize(
+  ("groups", "size"),
+  [
+    ("{{0,1},{2,3},{4,5}}", 2),
+    ("{{0,1,2,3,4,5}}", 6),
+    ("{}", 6),
+    ("[2,3]<=[6]", 3),
+    ("[3,2]<=[2,3]T(1,0)", 2),
+    ("mesh['x'=2,'y'=3] {'y'}", 3),
+    ("mesh['x'=2,'y'=3] {'x','y'}", 6),
+    ("mesh['x'=6] {'x':(3)2}", 2),
+  ],
+)
+def test_groups_of_collectives(groups, size):
+  attributes = f", channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=%add"
+  assert collectives.group_size(attributes, 6) == size
+
+
+@pytest.mark.parametrize("groups", ["{{0,1},{2}}", "of_another_kind"])
+def test_groups_that_are_not_understood_raise(groups):
+  with pytest.raises(ValueError, match="not understood"):
+    collectives.group_size(f", replica_groups={groups}, to_apply=%add", 3)
+
+
+def test_collectives_that_start_and_end_count_once():
+  hlo = """HloModule m, is_scheduled=true, num_partitions=4
+
+%call (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %scatter = f32[2]{0} reduce-scatter(%x), replica_groups={}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%a), replica_groups=[1,4]<=[4], dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  %send = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  %sent = f32[8]{0} collective-permute-done(%send)
+  %async = ((f32[8]{0}), f32[2]{0}) async-start(%a), calls=%call
+  %awaited = f32[2]{0} async-done(%async), calls=%call
+  ROOT %copy = f32[32]{0} copy(%done)
+}
+"""
+  want = {"all-gather": 96, "reduce-scatter": 24, "collective-permute": 32, "total": 152}
+  assert collectives.count_bytes_of(hlo) == want
 
 
 @pytest.mark.parametrize("model", peer_models.MODELS)
