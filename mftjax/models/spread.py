@@ -93,8 +93,10 @@ class Spread:
 
   def used(self, name: str, value: jax.Array) -> jax.Array:
     """A parameter as it is used. Inside `jax.jit`: there XLA gathers it just before, and drops it."""
-    sharding = self.sharding([jax.tree_util.DictKey(name)], value.shape, is_gathered=True)
-    return jax.lax.with_sharding_constraint(value, sharding)
+    path = [jax.tree_util.DictKey(name)]
+    # Held as it is stored first: else a loop around, which stacks the parameters of its steps, stacks what is gathered.
+    value = jax.lax.with_sharding_constraint(value, self.sharding(path, value.shape))
+    return jax.lax.with_sharding_constraint(value, self.sharding(path, value.shape, is_gathered=True))
 
   def rows(self, hidden: jax.Array) -> jax.Array:
     """`[batch, ...]` states split by rows; as they are where the rows do not divide. Inside `jax.jit`."""
