@@ -92,9 +92,11 @@ class Layout:
 
   def place_rows(self, tree: Any, axis: int = 0) -> Any:
     """Batches, put on the devices split by rows, which are this axis of every array; as they are on one device."""
-    if not self.is_split:
-      return tree
-    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(*[None] * axis, spread_lib.ROWS)))
+    return jax.device_put(tree, self.row_sharding(axis)) if self.is_split else tree
+
+  def row_sharding(self, axis: int = 0) -> NamedSharding:
+    """Of batches whose rows are this axis."""
+    return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, spread_lib.ROWS))
 
   def pin(self, tree: Any) -> Any:
     """`place` inside `jax.jit`: what has these parameters' names, or is made of them, lies as they do."""
@@ -112,7 +114,7 @@ class Layout:
     What it returns is on the first device; args may come from anywhere, `shared` from `share`. Where tasks do not
     divide by the groups of devices, the last one is repeated and left out.
     """
-    groups, run = self.num_task_groups, self._mapped(program)
+    groups, run = self.num_task_groups, self.mapped(program)
     if self.mesh.size == 1:
       return lambda shared, *args: run(shared, args)
 
@@ -125,8 +127,8 @@ class Layout:
 
     return call
 
-  def _mapped(self, program: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    """`(shared, args) -> results`, compiled, for args whose tasks divide by the groups."""
+  def mapped(self, program: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """`over_tasks` as `(shared, args) -> results`, for args whose tasks divide by the groups; results stay there."""
     whole, split = PartitionSpec(), PartitionSpec("task")
     on_tasks = NamedSharding(self.mesh, split)
     axis_name = "task" if self.is_split else None

@@ -152,6 +152,17 @@ def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
   if config.memory.num_slots and config.memory.placement == "adapters":
     raise errors.InputError("config.memory.placement = 'adapters' is for sequences of tasks: experiments.continual.")
   model, tokenizer = load_model(config)
+  return take_apart(config, model, layout), tokenizer
+
+
+def take_apart(config: ml_collections.ConfigDict, model: models.Decoder, layout: parallel.Layout) -> Network:
+  """The model, given the config's LoRA and memory, as a network that lies on the layout's devices.
+
+  Under `jax.eval_shape` with a model that is made there too, it takes no memory, on any number of devices.
+
+  Raises:
+    InputError: the model does not divide over the devices.
+  """
   attach_memory(model, config)
   if config.lora.rank:
     attach_lora(model, config)
@@ -159,7 +170,7 @@ def build_network(config: ml_collections.ConfigDict) -> tuple[Network, Any]:
   trained = models.lora.LoRAParam if config.lora.rank else nnx.Param
   graphdef, *states = nnx.split(model, models.MemoryParam, trained, ...)
   memory, params, frozen = (layout.place(state) for state in states)
-  return Network(graphdef, params, memory if config.memory.num_slots else None, frozen, layout), tokenizer
+  return Network(graphdef, params, memory if config.memory.num_slots else None, frozen, layout)
 
 
 def problem(

@@ -1,5 +1,6 @@
 """An outer step on eight devices, split each way, against one device: the same numbers, an eighth of the arrays."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_config
 
+from benchmarks import collectives, decoder, devices
 from mftjax import config as config_lib
 from mftjax import metagrad
 from mftjax.data import mixture
@@ -99,3 +101,15 @@ def test_eight_devices_hold_an_eighth_of_the_model_and_do_an_eighth_of_the_work(
   parts = [a / b for a, b in zip(*reversed(memory), strict=True)]
   flops = all_eight.cost_analysis()["flops"] / one.cost_analysis()["flops"]
   assert parts[0] < 1.05 / 8 and parts[1] < 0.25 and flops < 0.15, (parts, flops)
+
+
+def test_a_step_gathers_what_it_must_and_keeps_nothing_that_is_gathered():
+  """Of the compiled program: bytes of all gathers against the closed form, and what is stacked over the window."""
+  shape = dataclasses.replace(decoder.decoder_config(2, 64), tie_embeddings=False, vocab_size=320)
+  case = devices.Case(shape, rows=8, length=16, unroll_length=3)
+  with jax.enable_x64(False):
+    compiled = devices.split_step(case, 8)
+  needed = devices.needed_bytes(case, 8)["gathers"]
+  assert collectives.count_bytes(compiled)["all-gather"] == pytest.approx(needed, rel=0.01)
+  text = compiled.as_text()
+  assert "[3,320,8]" in text and "[3,320,64]" not in text  # embeddings of three steps
