@@ -17,7 +17,8 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-dev torch peers quickstart test lint format types unit test-distributed audit clean
+.PHONY: help install install-dev torch peers quickstart test lint format types unit test-distributed test-faults soak \
+  audit clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -97,6 +98,15 @@ audit: $(VENV)/.installed-dev  ## look the pinned versions up among the known vu
 	  --output $(VENV)/audit.txt 2> $(VENV)/audit.log || { [ ! -s $(VENV)/audit.txt ] || { cat $(VENV)/audit.txt; exit 1; }; }
 	@[ -e $(VENV)/audit.txt ] && echo "No known vulnerability; $$(grep -c 'could not be audited' $(VENV)/audit.txt) of" \
 	  "$$(grep -c == requirements.txt) packages could not be looked up." || echo "NOTE: no audit: $$(tail -1 $(VENV)/audit.log)"
+
+# A part of `unit` and `test-distributed`: the tests that docs/faults.md names.
+test-faults: $(VENV)/.installed-dev  ## of all tests those that do a fault
+	$(BIN)/python -m pytest -q -m fault
+	$(BIN)/python -m pytest -q -m fault tests/distributed
+
+soak: $(VENV)/.installed-dev  ## 100 random kill -9, and 2,000 outer steps whose memory must stay as it is; long
+	MFTJAX_KILLS=100 $(BIN)/python -m pytest -q tests/test_kills.py
+	$(BIN)/python -m benchmarks.soak
 
 format: $(VENV)/.installed-dev  ## ruff, writing the files
 	$(BIN)/ruff check --fix .

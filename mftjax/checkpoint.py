@@ -1,7 +1,9 @@
 """Checkpoints of a run: arrays and where the data stood, written whole, the last whole one read back."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,9 +11,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from mftjax import hosts, stopping
-from mftjax.errors import InputError
+from mftjax.errors import InputError, MftError
 
 _TORN = ".torn"
+# Orbax counts them by the wall clock, which jumps when a machine wakes up or its clock is set.
+_SAVE_SECONDS = 7 * 24 * 3600
 
 
 class Checkpoints:
@@ -29,7 +33,12 @@ class Checkpoints:
     if keep < 1:
       raise InputError(f"keep must be at least 1, got {keep}.")
     self._directory = pathlib.Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      create=True,
+      cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
+    )
     self._checkpoints = ocp.CheckpointManager(self._directory, options=options, item_names=("arrays", "data"))
 
   def __enter__(self) -> "Checkpoints":
@@ -63,12 +72,16 @@ class Checkpoints:
 
     Raises:
       stopping.Stopped: the run was asked to stop; the checkpoint is whole.
+      MftError: this one or the one before cannot be written.
     """
-    if step not in self._checkpoints.all_steps():
-      args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data))
-      self._checkpoints.save(step, args=args, force=True)
-    if hosts.any_of(stopping.is_asked()):
-      self._checkpoints.wait_until_finished()
+    with self._writing():
+      if step not in self._checkpoints.all_steps():
+        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data))
+        self._checkpoints.save(step, args=args, force=True)
+      is_asked = hosts.any_of(stopping.is_asked())
+      if is_asked:
+        self._checkpoints.wait_until_finished()
+    if is_asked:
       raise stopping.Stopped(f"after step {step}")
 
   def restore(self, arrays_like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
@@ -125,9 +138,21 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    """Waits until everything is written."""
-    self._checkpoints.wait_until_finished()
-    self._checkpoints.close()
+    """Waits until everything is written.
+
+    Raises:
+      MftError: the last one cannot be.
+    """
+    with self._writing():
+      self._checkpoints.wait_until_finished()
+      self._checkpoints.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # what orbax raises depends on what its threads met
+      raise MftError(f"{self._directory}: a checkpoint cannot be written: {_first_line(error)}") from error
 
   def _set_aside(self, torn: list[int]) -> None:
     # Orbax never saves a step that is not newer than what it finds, so a torn one would block the run.

@@ -1,12 +1,15 @@
 """The edge of every command: flags, help, exit codes."""
 
+import contextlib
 import errno
+import io
 import logging as std_logging
 import os
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any, TextIO
 
 import jax
 import ml_collections
@@ -20,6 +23,7 @@ from mftjax import errors, hosts, stopping, trackers, watching
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_READER = (errno.EPIPE, errno.EIO)  # of a pipe, and of a terminal
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/X.py[:variant]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same command again resumes")
@@ -36,6 +40,16 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
   Exit codes: 0 done, or stopped by SIGTERM or Ctrl-C; 2 the user's input is wrong (one message, no traceback); 1
   anything else.
   """
+  with (
+    _unheard(sys.stdout) as out,
+    _unheard(sys.stderr) as err,
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+  ):
+    _run(main, description)
+
+
+def _run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str | None) -> None:
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_logger().addFilter(_without_traceback)
   if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]):
@@ -51,15 +65,32 @@ def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descrip
     main(config, workdir)
   except stopping.Stopped as stopped:
     print(" ".join(["Stopped", *map(str, stopped.args)]) + ". Give the same command to go on.", file=sys.stderr)
-  except errors.MftError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2 if isinstance(error, errors.InputError) else 1)
   except Exception as error:
     if _is_no_room(error):
       print(f"error: {error}. Make room, and give the same command to go on from what was saved.", file=sys.stderr)
       _end_now(1)
+    if isinstance(error, errors.MftError):
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(2 if isinstance(error, errors.InputError) else 1)
     traceback.print_exc()
     sys.exit(1)
+
+
+class _Unheard(io.FileIO):
+  """A file whose reader may go (`| head`, a terminal that closes): what is written then is lost, the run goes on."""
+
+  def write(self, data: Any) -> int:
+    try:
+      return super().write(data) or 0
+    except OSError as error:
+      if error.errno not in _NO_READER:
+        raise
+      return len(memoryview(data))
+
+
+def _unheard(stream: TextIO) -> TextIO:
+  raw = _Unheard(stream.fileno(), "w", closefd=False)
+  return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True)
 
 
 def _without_traceback(record: std_logging.LogRecord) -> bool:

@@ -8,22 +8,39 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mftjax.errors import InputError
+
+_PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-  """A file to write that takes the path's place once it is whole; the path's folder is made."""
+def _partial(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Where to write what takes the path's place once it is whole; the path's folder is made."""
   target = pathlib.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+  partial = target.with_name(f".{target.name}.{os.getpid()}{_PARTIAL}")
   try:
-    with partial.open("wb") as file:
-      yield file
-      file.flush()
+    yield partial
+    with partial.open("rb") as file:
       os.fsync(file.fileno())
     partial.replace(target)
   finally:
     partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+  with _partial(path) as partial, partial.open("wb") as file:
+    yield file
+
+
+def remove_partial(folder: str | os.PathLike[str]) -> None:
+  """Removes what processes that were killed have left half written, in a folder in which nobody writes now."""
+  for path in pathlib.Path(folder).rglob(f".*{_PARTIAL}"):
+    path.unlink()
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
@@ -41,3 +58,23 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) ->
   """Writes arrays by name, as `numpy.load` reads them."""
   with _replacing(path) as file:
     np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_safetensors(
+  path: str | os.PathLike[str], arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+  """Writes arrays by name, and texts about them."""
+  with _partial(path) as partial:
+    safetensors.numpy.save_file(arrays, partial, metadata=metadata)
+
+
+def open_safetensors(path: str | os.PathLike[str]) -> Any:
+  """A file of arrays by name, as `safetensors.safe_open` gives it.
+
+  Raises:
+    InputError: it is cut, or otherwise no such file.
+  """
+  try:
+    return safetensors.safe_open(path, framework="numpy")
+  except safetensors.SafetensorError as error:
+    raise InputError(f"{path} is not a whole safetensors file: {error}.") from error

@@ -9,6 +9,9 @@ from jax.experimental import multihost_utils
 
 from mftjax import errors
 
+_JOIN_SECONDS = 300  # hosts of a cluster come up minutes apart
+_SILENT_SECONDS = 60  # after which a host that says nothing counts as gone
+
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
   """Joins the other processes; before anything is computed.
@@ -25,7 +28,13 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
   if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
     raise errors.InputError(f"{given}: process_id must be 0 .. num_processes - 1.")
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      initialization_timeout=_JOIN_SECONDS,
+      heartbeat_timeout_seconds=_SILENT_SECONDS,
+    )
   except (ValueError, RuntimeError) as error:
     raise errors.InputError(f"Several hosts were asked for ({given}), but: {error}") from error
 

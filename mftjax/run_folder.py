@@ -1,6 +1,7 @@
 """The folder of a run: whose config it holds, and that one command at a time works in it."""
 
 import datetime
+import errno
 import json
 import os
 import pathlib
@@ -18,6 +19,16 @@ _LOCK, _HOLDER = ".lock", "held_by.json"
 _HERE_ALONE = (
   *("compilation_cache", "cpu_devices", "stuck_seconds", "trackers", "project"),
   *(f"parallel.{name}" for name in ("strategy", *parallel.AXES)),
+)
+
+_CANNOT_WRITE = (
+  errno.EACCES,
+  errno.EPERM,
+  errno.EROFS,
+  errno.ENOTDIR,
+  errno.EEXIST,
+  errno.ENOENT,
+  errno.ENAMETOOLONG,
 )
 
 # Until the process ends: the system then lets go of them, whatever ended it.
@@ -42,17 +53,31 @@ def _claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     _hold(workdir)
     if not (workdir / "config.json").exists():
       files.write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
-  except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+  except OSError as error:
+    if error.errno not in _CANNOT_WRITE:
+      raise
     raise errors.InputError(f"{workdir} cannot be written: {error.strerror}. Give another --workdir.") from error
+
+
+def reclaim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """As `claim` for a workdir that has a run in it; one that has none is left as it is.
+
+  Before checkpoints are read, as that clears away what a run that still writes there has half done.
+  """
+  check(config, workdir)
+  if (workdir / "config.json").exists():
+    claim(config, workdir)
 
 
 def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Raises `InputError` if the workdir holds another config; the message names the first field that differs."""
   path = workdir / "config.json"
-  if not path.exists():
-    return
   try:
+    if not path.exists():
+      return
     theirs = config_lib.flatten(json.loads(path.read_text()))
+  except OSError as error:
+    raise errors.InputError(f"{path} cannot be read: {error.strerror}. Give another --workdir.") from error
   except (ValueError, AttributeError) as error:
     raise errors.InputError(f"{path} is damaged: {error}. Delete it, and the same command goes on.") from error
   mine = config_lib.flatten(json.loads(config.to_json_best_effort()))
@@ -81,6 +106,7 @@ def _hold(workdir: pathlib.Path) -> None:
       f"{workdir} is in use by {_holder(workdir)}. Wait for it, or take another --workdir."
     ) from error
   _held[workdir] = lock
+  files.remove_partial(workdir)
   now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
   mine = {"process": os.getpid(), "host": socket.gethostname(), "since": now, "command": " ".join(sys.argv)}
   files.write_json(workdir / _HOLDER, mine)

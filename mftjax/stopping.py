@@ -17,12 +17,14 @@ class Stopped(BaseException):
 
 
 def listen() -> None:
-  """Has SIGTERM and Ctrl-C end the process: a run that keeps checkpoints after its next step, all others at once.
+  """Has SIGTERM, Ctrl-C and a terminal that closes end the process: a run that keeps checkpoints after its next step,
+  all others at once.
 
-  Asked a second time, all end at once.
+  Asked a second time, all end at once. Who started the process with `nohup` has it live on without a terminal.
   """
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, _ask)
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, _ask)
 
 
 def _ask(number: int, frame: FrameType | None) -> None:

@@ -12,9 +12,8 @@ from typing import IO, Any
 import numpy as np
 import rich.console
 import rich.progress
-import tensorboardX
 
-from mftjax import files, hosts, trackers, watching
+from mftjax import events, files, hosts, trackers, watching
 from mftjax.errors import InputError
 
 _PLAIN_SECONDS = 5.0  # at most one plain line in this time
@@ -69,7 +68,7 @@ class Tracker:
     self._is_loud = self._is_writer and not quiet
     self._progress: rich.progress.Progress | None = None
     self._file: IO[str] | None = None
-    self._scalars: Any = None
+    self._events: events.Events | None = None
     self._trackers: list[trackers.Tracker] = []
     self._last_plain_seconds = -math.inf
 
@@ -85,8 +84,7 @@ class Tracker:
         if self._start_step and seconds:
           self._seconds_before = float(seconds[-1])
       self._file = path.open("a", encoding="utf-8")
-      purge = {"purge_step": self._start_step + 1} if self._start_step else {}
-      self._scalars = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), **purge)
+      self._events = events.Events(self._workdir / "tensorboard", self._start_step)
       self._trackers = trackers.open_all(self._workdir, self._name)
     self._start_seconds = time.monotonic()
     if self._is_loud and self._console.is_terminal:
@@ -111,9 +109,9 @@ class Tracker:
     if self._file is not None:
       self._file.close()
       self._file = None
-    if self._scalars is not None:
-      self._scalars.close()
-      self._scalars = None
+    if self._events is not None:
+      self._events.close()
+      self._events = None
     while self._trackers:
       self._trackers.pop().finish()
 
@@ -139,7 +137,7 @@ class Tracker:
       raise InputError(f"{', '.join(sorted(reserved))}: the tracker writes this field itself; use another name.")
     if not self._is_writer:
       return
-    if self._file is None:
+    if self._file is None or self._events is None:
       raise RuntimeError("log is called inside `with Tracker(...)` only.")
     plain = {name: _plain(value) for name, value in {**values, "machine": self._watch.figures()}.items()}
     elapsed = time.monotonic() - self._start_seconds
@@ -148,8 +146,7 @@ class Tracker:
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
     scalars = _scalars(self._name, plain)
-    for tag, value in scalars:
-      self._scalars.add_scalar(tag, value, int(step))
+    self._events.write(int(step), scalars)
     for tracker in self._trackers:
       tracker.log(int(step), dict(scalars))
     if self._is_loud:

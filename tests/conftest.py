@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from pages import ROOT, faults
 
 from configs import compare as compare_config
 from mftjax import run_folder
@@ -14,6 +15,14 @@ from mftjax.data import meta_tasks
 from mftjax.loops import learnt, many_tasks, meta_learn
 from mftjax.loops import setting as setting_lib
 from mftjax.loops import task as task_lib
+
+
+def pytest_collection_modifyitems(items):
+  """Marks the tests that docs/faults.md names (`make test-faults`)."""
+  named = set(faults())
+  for item in items:
+    if (item.path.relative_to(ROOT).as_posix(), item.originalname) in named:
+      item.add_marker(pytest.mark.fault)
 
 
 @pytest.fixture(scope="module", autouse=True)

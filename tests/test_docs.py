@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from pages import ROOT, blocks
+from pages import ROOT, blocks, faults
 
 from mftjax import config as config_lib
 
@@ -48,6 +48,13 @@ def test_commands_and_fields_exist(page):
   for block in blocks(page, "bash"):
     for name in re.findall(r"^make ([\w-]+)", block, re.MULTILINE):
       assert name in targets, name
+
+
+def test_every_fault_has_a_test():
+  rows = re.findall(r"^\| (?!what happens).*", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+  assert len(rows) == len(set(rows)) == len(faults()) >= 40
+  for file, name in faults():
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

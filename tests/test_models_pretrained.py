@@ -10,9 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from mftjax import models
+from mftjax.data.tokens import char_tokenizer
 from mftjax.errors import InputError
 from tests.test_models_decoder import make, tokens
 
@@ -92,6 +94,27 @@ def break_config(**changes):
   return act
 
 
+def write(name, text):
+  return lambda folder: (folder / name).write_text(text)
+
+
+def cut(name):
+  def act(folder):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+
+  return act
+
+
+def spoil(number):
+  def act(folder):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = number
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+  return act
+
+
 @pytest.mark.parametrize(
   ("act", "words"),
   [
@@ -103,12 +126,42 @@ def break_config(**changes):
     (break_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn"),
     (break_config(hidden_act="gelu"), "gelu"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\x01" * 40), "not a whole safetensors"),
+    (cut("model.safetensors"), "model.safetensors is not a whole safetensors"),
+    (cut("memory.safetensors"), "memory.safetensors is not a whole safetensors"),
+    (write("config.json", "{"), r"config.json is damaged"),
+    (write("config.json", "[1]"), r"config.json is damaged"),
   ],
 )
 def test_bad_folders_are_named(act, words, tmp_path):
-  models.save(make(), None, tmp_path)
+  model = make()
+  model.attach_memory(models.Memory(4, 32, 6, 2, rngs=nnx.Rngs(1)), [1])
+  models.save(model, None, tmp_path)
   act(tmp_path)
   with pytest.raises(InputError, match=words):
+    models.load(tmp_path)
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_named(number, tmp_path):
+  models.save(make(), None, tmp_path)
+  spoil(number)(tmp_path)
+  with pytest.raises(InputError, match=r"tensor model.norm.weight holds numbers that are not finite"):
+    models.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "act",
+  [
+    cut("tokenizer.json"),
+    write("tokenizer.json", ""),
+    write("tokenizer.json", "{}"),
+    write("tokenizer_config.json", "{"),
+  ],
+)
+def test_a_damaged_tokenizer_is_named(act, tmp_path):
+  models.save(make(), char_tokenizer(), tmp_path)
+  act(tmp_path)
+  with pytest.raises(InputError, match=r"The tokenizer of .* cannot be read: \S"):
     models.load(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Batches drawn from several sources by a proposal, in an order that can be resumed."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ class Stream:
     self._rows = list(rows)
     self._batch_size = batch_size
     self._seed = seed
+    self._checksums = [_checksum(r) for r in rows]
     self._orders = [_order(len(r.tokens), seed, source) for source, r in enumerate(rows)]
     self._cursors = [0] * len(rows)  # rows drawn of each source so far
     self._num_draws = 0
@@ -104,20 +106,22 @@ class Stream:
       "num_draws": self._num_draws,
       "cursors": list(self._cursors),
       "num_rows": [len(r.tokens) for r in self._rows],
+      "checksums": list(self._checksums),
     }
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Go on from a `state()`: the batches after it are the same, bit for bit.
 
     Raises:
-      InputError: the state is of another seed or of sources with other numbers of rows.
+      InputError: the state is of another seed or of sources with other rows.
     """
     own = self.state()
-    for name in ("seed", "num_rows"):
+    for name in ("seed", "num_rows", "checksums"):
       found = state.get(name)
       if found is None or np.asarray(found).tolist() != own[name]:
         raise errors.InputError(
-          f"The saved state of the data has {name} = {found}, but here it is {own[name]}: the config or data changed."
+          f"The saved state of the data has {name} = {found}, but here it is {own[name]}: the config or data changed. "
+          "Put back what was there, or take another --workdir."
         )
     self._num_draws = int(state["num_draws"])
     self._cursors = [int(cursor) for cursor in state["cursors"]]
@@ -149,6 +153,14 @@ def batches(rows: tokens.Rows, batch_size: int, source: int) -> list[types.Batch
       )
     )
   return found
+
+
+def _checksum(rows: tokens.Rows) -> int:
+  """Of what the rows hold, by which data that changed between two parts of a run are told."""
+  checksum = 0
+  for array in (rows.tokens, rows.loss_mask, rows.segment_ids):
+    checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+  return checksum
 
 
 def _order(num_rows: int, seed: int, source: int) -> Any:

@@ -93,10 +93,10 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
 
   Raises:
     InputError: recipe, data, model, devices or workdir do not fit; before anything is written.
-    MftError: the training loss is not finite.
+    MftError: the training loss is not finite, or the parameters at the end.
   """
   config_lib.need_sources(config)
-  run_folder.check(config, workdir)
+  run_folder.reclaim(config, workdir)
   name, found = read_recipe(config, workdir, given)
   network, tokenizer = task_lib.build_network(config)
   rows = task_lib.source_rows(config, tokenizer)
@@ -167,6 +167,8 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
           checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   params = sft.adapted(metagrad.read_params(build_problem(network.frozen), state), values)
   whole = hosts.whole((network.frozen, params, memory))
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole[1])):  # the last step's have no loss to show it
+    raise errors.MftError(f"The parameters after the last fine-tuning step, {num_steps - 1}, are not finite.")
   hosts.first_does(lambda: models.save(network.merge(*whole), tokenizer, folder / "model"))
   return folder / "model"
 

@@ -205,7 +205,7 @@ def meta_train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None
     InputError: data, model or workdir do not fit; before anything is written.
     MftError: `meta.max_skipped` outer steps in a row were not finite; the batch that did it is in the workdir.
   """
-  run_folder.check(config, workdir)
+  run_folder.reclaim(config, workdir)
   if config.meta.check and jax.process_count() > 1:
     raise errors.InputError("config.meta.check = True runs on one host only.")
   network, tokenizer = task_lib.build_network(config)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 from mftjax import config as config_lib
 from mftjax import errors, recipe, run_folder, tracking
@@ -19,14 +20,14 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib
   Raises:
     InputError: nothing was meta-trained in this workdir.
   """
-  run_folder.check(config, workdir)
+  run_folder.reclaim(config, workdir)
   network, _ = task_lib.build_network(config)
   found = meta_train.restore(config, network, workdir)
   if found is None:
     raise errors.InputError(f"{workdir} holds no checkpoint: run experiments.meta_train there first.")
   step, state, _ = found
   learned, weights = meta_train.readable(config, state.meta_params)
-  lines = [line for line in tracking.read(workdir / "metrics.jsonl") if line["phase"] == "meta_train"]
+  losses = _ability_loss(workdir / tracking.FILE, step)
   path = workdir / "recipe.json"
   found_recipe = default_recipe(config)
   found_recipe["hyperparameters"].update(learned | adapter(config, learned))
@@ -34,9 +35,18 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib
   schedule = curriculum.schedule(config, state.meta_params["mixture_logits"])
   if schedule is not None:
     found_recipe["mixture_schedule"] = schedule
-  found_recipe["predicted"] = {"ability_loss": lines[-1]["ability_loss"], "outer_steps": step}
+  found_recipe["predicted"] = losses | {"outer_steps": step}
   recipe.save(found_recipe, path)
   return path
+
+
+def _ability_loss(path: pathlib.Path, step: int) -> dict[str, Any]:
+  """`{"ability_loss": {ability: nats}}` as of that outer step; empty, with a warning, if the file has no such line."""
+  for line in tracking.read(path):
+    if (line.get("phase"), line.get("step")) == ("meta_train", step):
+      return {"ability_loss": line["ability_loss"]}
+  logging.warning("%s has no line of outer step %d: the recipe goes without the losses it came to.", path, step)
+  return {}
 
 
 def default_recipe(config: ml_collections.ConfigDict) -> dict[str, Any]:

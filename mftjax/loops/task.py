@@ -13,7 +13,7 @@ from absl import logging
 from flax import nnx
 
 from mftjax import config as config_lib
-from mftjax import errors, hosts, metagrad, models, parallel, sft, types
+from mftjax import errors, files, hosts, metagrad, models, parallel, sft, types
 from mftjax.data import sources, tokens
 from mftjax.models import flops
 
@@ -253,7 +253,7 @@ def stop_if_skipped(config: ml_collections.ConfigDict, workdir: pathlib.Path, sk
   """Raises `MftError` after `meta.max_skipped` non-finite outer steps in a row, and writes the last one's batch."""
   if skipped >= config.meta.max_skipped:
     path = workdir / "non_finite_batch.npz"
-    hosts.first_does(lambda: np.savez(path, **pure(batch)))
+    hosts.first_does(lambda: files.write_npz(path, pure(batch)))
     raise errors.MftError(f"{skipped} outer steps in a row were not finite; the last batch is in {path}.")
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
+from mftjax import files
 from mftjax.errors import InputError
 from mftjax.models import slots
 from mftjax.models.adapters import Adapters
@@ -59,7 +58,7 @@ def save(model: Decoder, file: Path) -> None:
     metadata["adapters"] = json.dumps(found.settings())
     for part in ("start", "stored"):
       tensors |= {f"adapters.{part}.{name}": np.asarray(x[...]) for name, x in getattr(found, part).items()}
-  safetensors.numpy.save_file(tensors, file, metadata=metadata)
+  files.write_safetensors(file, tensors, metadata)
 
 
 def load(model: Decoder, file: Path) -> None:
@@ -71,7 +70,7 @@ def load(model: Decoder, file: Path) -> None:
   Raises:
     InputError: another kind of file, or tensors that are missing or do not fit.
   """
-  with safetensors.safe_open(file, framework="numpy") as opened:
+  with files.open_safetensors(file) as opened:
     metadata = opened.metadata() or {}
     if not {"settings", "layers"} <= set(metadata):
       raise InputError(f"{file} was not written by mftjax: its metadata lacks settings and layers.")

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
+from mftjax import files
 from mftjax.errors import InputError, unknown_name
 from mftjax.models import gguf_tokenizer, lora, memory_files
 from mftjax.models.decoder import Decoder
@@ -54,7 +53,7 @@ def load(path_or_id: str | Path, gguf_file: str | None = None, dtype: Any = jnp.
 
   Raises:
     InputError: nothing at `path_or_id`, no weights there, a kind of model that is not known here, or tensors that
-      are missing or do not fit the config.
+      are missing, do not fit the config or hold numbers that are not finite; or a file of them is damaged.
   """
   path = Path(path_or_id)
   if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
@@ -64,16 +63,13 @@ def load(path_or_id: str | Path, gguf_file: str | None = None, dtype: Any = jnp.
     return _load_gguf(folder / gguf_file, dtype)
   if not (folder / "config.json").is_file():
     raise InputError(f"{folder} has no config.json: it is not a model's folder.")
-  files = sorted(file for file in folder.glob("*.safetensors") if file.name != "memory.safetensors")
-  if not files:
+  weights = sorted(file for file in folder.glob("*.safetensors") if file.name != "memory.safetensors")
+  if not weights:
     raise InputError(f"{folder} has no weights: no *.safetensors file (give gguf_file for a GGUF one).")
-  config = config_from_hf(json.loads((folder / "config.json").read_text()), dtype, str(folder / "config.json"))
+  config = config_from_hf(_read_json(folder / "config.json"), dtype, str(folder / "config.json"))
   tensors: dict[str, Callable[[], np.ndarray]] = {}
-  for file in files:
-    try:
-      opened = safetensors.safe_open(file, framework="numpy")
-    except safetensors.SafetensorError as error:
-      raise InputError(f"{file} is not a whole safetensors file: {error}.") from error
+  for file in weights:
+    opened = files.open_safetensors(file)
     tensors |= {name: lambda opened=opened, name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
   model = _build(config, tensors, 0, str(folder))
   if (folder / "memory.safetensors").is_file():
@@ -90,7 +86,8 @@ def save(model: Decoder, tokenizer: Any, directory: str | Path) -> None:
   Args:
     model: the decoder.
     tokenizer: a `transformers` tokenizer, or None to write none.
-    directory: made when missing; files of the same name are written over.
+    directory: made when missing; files of the same name are replaced, `config.json` last, so that a folder that has one
+      is whole.
   """
   folder = Path(directory)
   folder.mkdir(parents=True, exist_ok=True)
@@ -104,15 +101,15 @@ def save(model: Decoder, tokenizer: Any, directory: str | Path) -> None:
   for name, stacked in model.layers.arrays().items():
     for number, value in enumerate(np.asarray(stacked)):
       tensors[f"model.layers.{number}.{LAYER_NAMES[name][0]}"] = _to_hf(value, value.ndim == 2)
-  safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+  files.write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+  if model.memory is not None:
+    memory_files.save(model, folder / "memory.safetensors")
   config = config_to_hf(model.config)
   if tokenizer is not None:
     tokenizer.save_pretrained(folder)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     config |= {name: value for name, value in ids.items() if value is not None}
-  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-  if model.memory is not None:
-    memory_files.save(model, folder / "memory.safetensors")
+  files.write_json(folder / "config.json", config)
 
 
 def config_from_hf(values: Mapping[str, Any], dtype: Any, where: str) -> DecoderConfig:
@@ -206,11 +203,24 @@ def _download(path_or_id: str, gguf_file: str | None) -> Path:
     raise InputError(f"{path_or_id!r} is neither a local folder nor a hub repository within reach: {error}") from error
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+  try:
+    values = json.loads(file.read_text())
+  except ValueError as error:
+    raise InputError(f"{file} is damaged: {error}.") from error
+  if not isinstance(values, dict):
+    raise InputError(f"{file} is damaged: it holds no JSON object.")
+  return values
+
+
 def _tokenizer(folder: Path, **options) -> Any:
   import transformers
 
-  # Said outright, since transformers would ask the terminal whether to run code that comes with a model.
-  return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+  try:
+    # Said outright, since transformers would ask the terminal whether to run code that comes with a model.
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+  except Exception as error:  # what transformers and tokenizers raise depends on which file is damaged, and how
+    raise InputError(f"The tokenizer of {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 
 def _build(config: DecoderConfig, tensors: Mapping[str, Callable], column: int, where: str) -> Decoder:
@@ -225,6 +235,8 @@ def _build(config: DecoderConfig, tensors: Mapping[str, Callable], column: int, 
     if value.shape != shape:
       given, wanted = (tuple(s[::-1] if transpose else s) for s in (value.shape, shape))
       raise InputError(f"{where}: tensor {name} is {given}, but its config asks for {wanted}.")
+    if not np.isfinite(value).all():
+      raise InputError(f"{where}: tensor {name} holds numbers that are not finite.")
     return value
 
   model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
