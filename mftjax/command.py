@@ -69,11 +69,19 @@ def _run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
     if _is_no_room(error):
       print(f"error: {error}. Make room, and give the same command to go on from what was saved.", file=sys.stderr)
       _end_now(1)
+    if hosts.is_lost(error):
+      print(
+        "error: Another process of this run is gone. Start all again to go on from what was saved.", file=sys.stderr
+      )
+      _end_now(1)
     if isinstance(error, errors.MftError):
       print(f"error: {error}", file=sys.stderr)
-      sys.exit(2 if isinstance(error, errors.InputError) else 1)
-    traceback.print_exc()
-    sys.exit(1)
+    else:
+      traceback.print_exc()
+    code = 2 if isinstance(error, errors.InputError) else 1
+    if code == 1 and hosts.is_joined():
+      _end_now(code)  # the others may wait for this one, which would wait for them
+    sys.exit(code)
 
 
 class _Unheard(io.FileIO):

@@ -1,5 +1,8 @@
 """Several hosts, or processes of one, that run one program together: the first of them writes the files."""
 
+import re
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +25,14 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     num_processes, process_id: how many there are, and which this is, from 0.
 
   Raises:
-    InputError: some of the three are given and others cannot be found, or they do not go together.
+    InputError: some of the three are given and others cannot be found, they do not go together, or the first process
+      is not there within five minutes.
   """
   given = f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}"
   if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
     raise errors.InputError(f"{given}: process_id must be 0 .. num_processes - 1.")
+  if coordinator is not None and process_id:
+    _wait_for(coordinator)
   try:
     jax.distributed.initialize(
       coordinator,
@@ -34,9 +40,41 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
       process_id,
       initialization_timeout=_JOIN_SECONDS,
       heartbeat_timeout_seconds=_SILENT_SECONDS,
+      shutdown_timeout_seconds=_SILENT_SECONDS,
     )
   except (ValueError, RuntimeError) as error:
     raise errors.InputError(f"Several hosts were asked for ({given}), but: {error}") from error
+
+
+def _wait_for(coordinator: str) -> None:
+  # JAX's own wait for it ends in an abort.
+  host, _, port = coordinator.rpartition(":")
+  deadline = time.monotonic() + _JOIN_SECONDS
+  while True:
+    try:
+      socket.create_connection((host, int(port)), timeout=_JOIN_SECONDS).close()
+      return
+    except ValueError:
+      raise errors.InputError(f"--coordinator={coordinator} must be HOST:PORT.") from None
+    except OSError as error:
+      if time.monotonic() > deadline:
+        reason = f"after {_JOIN_SECONDS} s: {error.strerror or error}"
+        raise errors.InputError(f"No first process listens on --coordinator={coordinator}, {reason}.") from error
+      time.sleep(0.5)
+
+
+def is_joined() -> bool:
+  """Whether this is one of several processes."""
+  return jax.distributed.is_initialized()
+
+
+def is_lost(error: BaseException | None) -> bool:
+  """Whether an error, or what caused it, is that another process is gone; XLA and gloo say so in words alone."""
+  while error is not None and is_joined():
+    if re.search("(closed|reset) by peer|heartbeat|Broken pipe|unhealthy", str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def is_first() -> bool:

@@ -135,18 +135,26 @@ def test_a_clock_that_jumps_moves_no_number(runs, tmp_path, monkeypatch, seconds
   assert clock == sorted(clock) and clock[0] >= 0
 
 
-def test_checkpoints_that_vanish_in_mid_run_are_an_error_and_the_run_starts_again(runs, tmp_path):
-  workdir = tmp_path / "run"
+def move_checkpoints(workdir):
+  while not (workdir / "checkpoints" / str(AT - 1)).is_dir():
+    time.sleep(0.01)
+  (workdir / "checkpoints").rename(workdir / "elsewhere")
 
-  def vanish():
-    while not (workdir / "checkpoints" / str(AT - 1)).is_dir():
-      time.sleep(0.01)
-    (workdir / "checkpoints").rename(tmp_path / "gone")
 
+def test_checkpoints_that_vanish_in_mid_run_are_written_anew(runs, tmp_path):
+  runs.cut_off(tmp_path / "run", lambda: move_checkpoints(tmp_path / "run"))
+  assert (tmp_path / "run" / "checkpoints" / str(AT)).is_dir()
+  runs.start(tmp_path / "run")
+  assert runs.is_as_undisturbed(tmp_path / "run")
+
+
+def test_checkpoints_that_cannot_be_written_are_said_to_be_and_the_run_starts_again(runs, tmp_path):
+  place = tmp_path / "run" / "checkpoints"
   with pytest.raises(errors.MftError, match=r"run/checkpoints: a checkpoint cannot be written: \S"):
-    runs.cut_off(workdir, vanish)
-  runs.start(workdir)
-  assert runs.is_as_undisturbed(workdir)
+    runs.cut_off(tmp_path / "run", lambda: (move_checkpoints(tmp_path / "run"), place.write_text("")))
+  place.unlink()
+  runs.start(tmp_path / "run")
+  assert runs.is_as_undisturbed(tmp_path / "run")
 
 
 def test_a_workdir_that_is_moved_goes_on_where_it_is(runs, tmp_path):
