@@ -70,9 +70,7 @@ def _run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
       print(f"error: {error}. Make room, and give the same command to go on from what was saved.", file=sys.stderr)
       _end_now(1)
     if hosts.is_lost(error):
-      print(
-        "error: Another process of this run is gone. Start all again to go on from what was saved.", file=sys.stderr
-      )
+      print("error: Another process of this run is gone. Start all again, and they go on.", file=sys.stderr)
       _end_now(1)
     if isinstance(error, errors.MftError):
       print(f"error: {error}", file=sys.stderr)
