@@ -173,6 +173,14 @@ def test_bad_files(tmp_path):
   assert message(path=str(tmp_path / "head.csv")).startswith(f"{WHERE} is empty")
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_not_finite_is_no_text(tmp_path, number):
+  path = tmp_path / "data.jsonl"
+  path.write_text(f'{{"prompt": "a", "completion": "b"}}\n{{"prompt": "a", "completion": {number}}}\n')
+  with pytest.raises(errors.InputError, match=r"mine, example 2: column 'completion' must be text, not '(nan|-?inf)'"):
+    read(path=str(path))
+
+
 def test_hub_ids(monkeypatch):
   calls = []
 

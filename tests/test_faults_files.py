@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from pages import ROOT
 
-from mftjax import command, errors, files, models, report, run_folder
+from mftjax import command, errors, events, files, models, report, run_folder
 from mftjax.loops import predict
 from tests.commands import command as command_of
 from tests.commands import numbers
@@ -80,6 +80,15 @@ def test_a_disk_that_is_full_leaves_report_and_recipe_before(tmp_path, config):
   files.write_json(tmp_path / "config.json", {"more": "to show"})
   with fails_for_room(tmp_path):
     report.write(tmp_path)
+
+
+def test_a_disk_that_is_full_at_the_scalars_is_no_hang(tmp_path):
+  scalars = events.Events(tmp_path)
+  scalars.write(1, [("loss", 0.5)])
+  for _ in range(20):  # more than a queue would hold
+    with pytest.raises(OSError) as caught, full_disk():
+      scalars.write(2, [("loss", 0.5)])
+    assert command._is_no_room(caught.value)
 
 
 def test_what_a_killed_process_has_half_written_is_removed(tmp_path, config):
