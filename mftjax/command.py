@@ -11,13 +11,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
-import jax
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
 from mftjax import config as config_lib
-from mftjax import errors, hosts, stopping, trackers, watching
+from mftjax import engine, errors, hosts, stopping, trackers, watching
 
 # It would say at each start that torch is missing, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -59,8 +58,7 @@ def _run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
     sys.exit(0)
   try:
     config, workdir = _parse()
-    _use_compilation_cache(config.compilation_cache)
-    jax.config.update("jax_default_matmul_precision", config.model.matmul_precision)
+    engine.set_up(config)
     stopping.listen()
     main(config, workdir)
   except stopping.Stopped as stopped:
@@ -142,7 +140,7 @@ def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
     raise errors.InputError(f"Unexpected arguments: {' '.join(rest)}.")
   if config is None or _WORKDIR.value is None:
     raise errors.InputError("Give --config=configs/X.py[:variant] and --workdir=DIR.")
-  _split_cpu(loaded(config, "config").get("cpu_devices"))
+  engine.split_cpu(loaded(config, "config").get("cpu_devices"))
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _HOSTS.value or any(value is not None for value in processes):
     hosts.start(*processes)
@@ -164,16 +162,3 @@ def loaded(config: ml_collections.ConfigDict, flag: str) -> ml_collections.Confi
     reason = " ".join(str(error).rpartition("failure to load: ")[2].split())
     raise errors.InputError(f"--{flag}: {reason}") from error
   return config
-
-
-def _split_cpu(number: object) -> None:
-  """Before anything is computed, even by the check of the config: JAX counts its devices once."""
-  if isinstance(number, int) and number > 0:
-    jax.config.update("jax_num_cpu_devices", number)
-
-
-def _use_compilation_cache(folder: str) -> None:
-  if folder:
-    path = pathlib.Path("~/.cache/mftjax" if folder == "default" else folder).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mftjax import balancing, metagrad, objectives, parallel, trackers
+from mftjax import balancing, engine, metagrad, objectives, parallel, trackers
 from mftjax.models import attention, decoder
 
 
@@ -81,6 +81,14 @@ FIELDS: dict[str, Field] = {
   "parallel.data": Field(1, "parts of a task's rows, each with a model of its own; 0 is the rest", **_COUNT),
   "parallel.fsdp": Field(1, "parts of a task's rows, and of its model; 0 is the rest", **_COUNT),
   "parallel.tensor": Field(1, "parts of a model's heads and MLP; 0 is the rest", **_COUNT),
+  "engine": Field(
+    "local",
+    "how jobs that do not need one another run (compare, continual, transfer): one after the other, or through Ray",
+    **_one_of(*engine.ENGINES),
+  ),
+  "ray.address": Field("", "HOST:PORT of a cluster; '' starts one on this machine, for this run"),
+  "ray.workers": Field(1, "jobs at once", **_at_least(1)),
+  "ray.gpus": Field(0.0, "GPUs that Ray keeps for each job, parts of one too", **_at_least(0)),
   "model.path": Field("", "folder or hub id of the model; empty makes a small random one"),
   "model.gguf_file": Field("", "GGUF file within that folder"),
   "model.dtype": Field("float32", "dtype of the computation", **_one_of("float32", "bfloat16")),

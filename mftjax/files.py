@@ -43,6 +43,11 @@ def remove_partial(folder: str | os.PathLike[str]) -> None:
     path.unlink()
 
 
+def named(name: str) -> str:
+  """A name that a file may have, with `_` for all but letters and digits."""
+  return "".join(letter if letter.isalnum() else "_" for letter in name.replace("%", "percent"))
+
+
 def write(path: str | os.PathLike[str], text: str) -> None:
   """Writes UTF-8 text; the file's folder is made."""
   with _replacing(path) as file:

@@ -18,6 +18,7 @@ _LOCK, _HOLDER = ".lock", "held_by.json"
 # Fields of the machine, not of the run.
 _HERE_ALONE = (
   *("compilation_cache", "cpu_devices", "stuck_seconds", "trackers", "project"),
+  *("engine", "ray.address", "ray.workers", "ray.gpus"),
   *(f"parallel.{name}" for name in ("strategy", *parallel.AXES)),
 )
 

@@ -208,3 +208,14 @@ def test_the_comparison_as_a_user_starts_it(tmp_path):
   kept = json.loads((tmp_path / "run" / "meta_learner.json").read_text())
   assert found["provenance"]["model_digest"] == kept["model_digest"]
   assert "expected" in done.stdout and (tmp_path / "run" / "tasks" / "own" / "report.html").exists()
+
+  # What each method chose is kept, and through Ray it is the same.
+  choices = tmp_path / "run" / "choices"
+  assert len(list(choices.glob("*.npz"))) == len(compare.METHODS)
+  for path in choices.glob("*.npz"):
+    path.unlink()
+  command[2], command[5:] = "experiments.compare", ["--config.engine=ray", "--config.ray.workers=2"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "direct is done" in done.stderr and len(list(choices.glob("*.npz"))) == len(compare.METHODS)
+  assert json.loads((tmp_path / "run" / "compare.json").read_text()) == table

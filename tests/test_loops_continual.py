@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pickle
 import subprocess
 import sys
 
@@ -334,6 +335,25 @@ def test_the_comparison_as_a_user_starts_it(tmp_path):
   assert {path: path.stat().st_mtime_ns for path in (workdir / "methods").rglob("*") if path.is_file()} == kept
   assert json.loads((workdir / "continual.json").read_text()) == result
 
+  # Through Ray it is the same.
+  by_ray = command(tmp_path / "by_ray", *SMALL, "--config.engine=ray", "--config.ray.workers=2")
+  assert by_ray.returncode == 0 and "memory is done" in by_ray.stderr, by_ray.stderr
+  without_clock = lambda found: found | {"rows": [row | {"seconds": 0} for row in found["rows"]]}
+  assert without_clock(json.loads((tmp_path / "by_ray" / "continual.json").read_text())) == without_clock(result)
+
+
+def test_other_processes_have_the_same_setting_and_memories():
+  setting = tiny_setting()
+  memory = retention.init_meta_params(setting.config, tiny_entry("memory").setup)["memory"]
+  meta, joint = (jax.tree.map(lambda x, sign=sign: x + sign, memory) for sign in (1, -1))
+  values = sft.DEFAULTS | {"learning_rate": 20.0}
+  sent = pickle.dumps(continual._portable(setting, {"meta": meta, "values": values, "joint": joint}))
+  found, memories = continual._build(setting.config, *pickle.loads(sent))
+  assert list(memories) == ["meta", "values", "joint"] and memories["values"] == values
+  for tree, like in ((found.base[1], setting.base[1]), (memories["meta"], meta), (memories["joint"], joint)):
+    jax.tree.map(np.testing.assert_array_equal, tree, like)
+  np.testing.assert_array_equal(found.stream.order, setting.stream.order)
+
 
 BAD = {
   "unknown method": (["--config.continual.methods=('EWCC',)"], "Did you mean 'EWC'"),
@@ -373,5 +393,5 @@ def test_an_unknown_method_is_named_before_anything_is_written(tmp_path):
 
 
 def test_methods_have_files_of_their_own():
-  names = [continual._file_name(name) for name in continual_methods.METHODS]
+  names = [files.named(name) for name in continual_methods.METHODS]
   assert len(set(names)) == len(names) and "replay_5_percent" in names

@@ -13,9 +13,10 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import baselines, errors, features, files, metalearner, metrics, objectives, spaces
+from mftjax import baselines, engine, errors, features, files, metalearner, metrics, objectives, spaces
 from mftjax import config as config_lib
 from mftjax.data import meta_tasks
+from mftjax.loops import learnt as learnt_lib
 from mftjax.loops import meta_learn, refine
 from mftjax.loops import setting as setting_lib
 
@@ -163,7 +164,7 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   """Chooses recipes for unseen tasks by every method of `compare.methods`, runs them, and writes `compare.json`.
 
   Trains the meta-learner first if the workdir has none. The final runs of all methods take the same tokens; what a
-  method spends before them is counted in whole runs.
+  method spends before them is counted in whole runs. What a method chose is kept in `choices/`, and not chosen again.
 
   Returns:
     `{"num_tasks", "num_seeds", "rows": [{"name", "improvement", "low", "high", "by_task", "over_tpe",
@@ -174,16 +175,18 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
     for is None.
 
   Raises:
-    InputError: no such method; before anything else.
+    InputError: no such method, or no such engine; before anything else.
   """
   for name in config.compare.methods:
     if name not in METHODS:
       raise errors.unknown_name("method in config.compare.methods", str(name), METHODS)
+  engine.check(config)
   learnt = meta_learn.meta_learn(config, workdir)
   setting, limits = learnt.setting, config.compare
-  unseen = meta_learn.sample_tasks(config, setting, "unseen", limits.num_tasks, config.seed + 2)
-  tasks = repeat(unseen, limits.num_seeds)
-  choices = choose(config, learnt, tasks)
+  tasks = _unseen(config, setting)
+  paths = {name: workdir / "choices" / f"{files.named(name)}.npz" for name in limits.methods or METHODS}
+  engine.run(config, _choose, paths, choosers(config, learnt, tasks), _build, config, workdir)
+  choices = {name: _read_choice(path) for name, path in paths.items()}
   table, gains = [], {}
   for name, choice in choices.items():
     losses = final_losses(setting, tasks, choice)
@@ -218,8 +221,38 @@ def final_losses(setting: setting_lib.Setting, tasks: Tasks, choice: Choice) -> 
   return jnp.where(jnp.isfinite(found), found, DIVERGED)
 
 
-def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: Tasks) -> dict[str, Choice]:
-  """What every method of `compare.methods` chooses, by its name."""
+def _unseen(config: ml_collections.ConfigDict, setting: setting_lib.Setting) -> Tasks:
+  """The tasks compared on."""
+  found = meta_learn.sample_tasks(config, setting, "unseen", config.compare.num_tasks, config.seed + 2)
+  return repeat(found, config.compare.num_seeds)
+
+
+def _build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Callable[[], Choice]]:
+  """`choosers` as `compare` has them, in another process: of what meta-training has left."""
+  kept = learnt_lib.load(config, workdir)
+  setting = setting_lib.build(kept.config)  # with the model that was kept
+  learnt = meta_learn.Learnt(setting, kept.graphdef, kept.state, kept.spread_factor)
+  return choosers(config, learnt, _unseen(config, setting))
+
+
+def _choose(methods: Mapping[str, Callable[[], Choice]], name: str, path: pathlib.Path) -> None:
+  """Has a method choose, and writes what it chose."""
+  logging.warning("compare: %s", name)
+  choice = methods[name]()
+  values = {f"values/{key}": value for key, value in choice.values.items()}
+  files.write_npz(path, {"weights": choice.weights, "spent": choice.spent, **values})
+
+
+def _read_choice(path: pathlib.Path) -> Choice:
+  with np.load(path) as arrays:
+    values = {key.removeprefix("values/"): arrays[key] for key in arrays if key.startswith("values/")}
+    return Choice(values, arrays["weights"], arrays["spent"])
+
+
+def choosers(
+  config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: Tasks
+) -> dict[str, Callable[[], Choice]]:
+  """For each of `METHODS` what has it choose."""
   setting, limits, count = learnt.setting, config.compare, len(tasks.seeds)
   values, nothing, equal = repeated(setting.defaults, count), np.zeros(count), equal_weights(tasks)
   sample_known = lambda: meta_learn.sample_tasks(config, setting, "train", limits.constant_tasks, config.seed + 3)
@@ -234,7 +267,7 @@ def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: 
   def by_descent(start, steps, rate, before):
     return as_choice(setting, tasks, descend(setting, tasks, start, steps, rate), before + steps)
 
-  methods: dict[str, Callable[[], Choice]] = {
+  return {
     "uniform, default": lambda: Choice(values, equal, nothing),
     "proportional, default": lambda: Choice(values, proportional_weights(setting, tasks), nothing),
     "best constant": lambda: Choice(repeated(best_constant(config, setting, known()), count), equal, nothing),
@@ -246,11 +279,6 @@ def choose(config: ml_collections.ConfigDict, learnt: meta_learn.Learnt, tasks: 
     "predicted, refined": lambda: by_descent(recipe, limits.refine_steps, limits.refine_learning_rate, probe),
     "direct": lambda: by_descent(default, limits.direct_steps, limits.learning_rate, nothing),
   }
-  choices = {}
-  for name in limits.methods or METHODS:
-    logging.warning("compare: %s", name)
-    choices[name] = methods[name]()
-  return choices
 
 
 def descend(setting: setting_lib.Setting, tasks: Tasks, start: Any, num_steps: int, rate: float) -> Any:

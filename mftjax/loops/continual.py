@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from mftjax import files, metrics, models, run_folder
+from mftjax import engine, files, metrics, models, run_folder
 from mftjax.loops import (
   answering,
   continual_methods,
@@ -25,6 +25,7 @@ from mftjax.loops import (
   retention,
   sequence,
 )
+from mftjax.loops import task as task_lib
 from mftjax.loops.continual_runs import Entry, Runs
 from mftjax.loops.continual_setting import Setting
 
@@ -33,26 +34,25 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   """Tunes and runs every method; writes and returns `continual.json`. What is done is not run again.
 
   Raises:
-    InputError: an unknown method, or a config that does not go together, before anything is written.
+    InputError: an unknown method or engine, or a config that does not go together, before anything is written.
   """
   names = continual_methods.chosen(config)
+  engine.check(config)
   run_folder.check(config, workdir)
-  paths = {name: workdir / "methods" / f"{_file_name(name)}.json" for name in names}
+  paths = {name: workdir / "methods" / f"{files.named(name)}.json" for name in names}
   finished = workdir / "continual.json"
   if finished.exists() and all(path.exists() for path in paths.values()):
     return json.loads(finished.read_text())
   setting = continual_setting.build(config)
   run_folder.claim(config, workdir)
   memories, meta_training = _memories(setting, names, [name for name in names if not paths[name].exists()], workdir)
+  engine.run(config, _method, paths, (setting, memories), _build, config, *_portable(setting, memories))
   rows, matrices, view = [], {}, None
-  for number, (name, path) in enumerate(paths.items()):
-    if not path.exists():
-      files.write_json(path, _row(setting, continual_runs.entry(setting, name, memories), number, path.with_suffix("")))
+  for name, path in paths.items():
     kept = json.loads(path.read_text())
     rows.append(kept["row"])
     matrices[name] = kept["sequences"]
     view = kept["memory"] or view
-    logging.warning("%s: %s", name, _summary(kept["row"]))
   result = {
     "config": config.task,
     "num_sequences": len(setting.stream.order),
@@ -95,6 +95,33 @@ def _memories(
     setup = setting.setup("memory")
     found["joint"] = retention.train_without(config, setup, training, options.joint_learning_rate)
   return found, about
+
+
+def _portable(setting: Setting, memories: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """What other processes cannot read: params of a base model that was trained here, and memories, as arrays by name."""
+  arrays = lambda tree: jax.tree.map(np.asarray, task_lib.pure(tree))
+  base = arrays(setting.base[1]) if setting.config.continual.source == "procedural" else None
+  return base, {name: found if name == "values" else arrays(found) for name, found in memories.items()}
+
+
+def _build(
+  config: ml_collections.ConfigDict, base: Mapping[str, Any] | None, memories: Mapping[str, Any]
+) -> tuple[Setting, dict[str, Any]]:
+  """The setting and the memories as `compare` has them, in another process."""
+  setting = continual_setting.build(config, base)
+  own = lambda: retention.init_meta_params(config, setting.setup("memory"))["memory"]
+  return setting, {
+    name: found if name == "values" else task_lib.unpure(own(), found) for name, found in memories.items()
+  }
+
+
+def _method(shared: tuple[Setting, dict[str, Any]], name: str, path: pathlib.Path) -> None:
+  """Tunes and runs a method, and writes its row."""
+  setting, memories = shared
+  number = continual_methods.chosen(setting.config).index(name)
+  found = _row(setting, continual_runs.entry(setting, name, memories), number, path.with_suffix(""))
+  files.write_json(path, found)
+  logging.warning("%s: %s", name, _summary(found["row"]))
 
 
 def _row(setting: Setting, found: Entry, number: int, folder: pathlib.Path) -> dict[str, Any]:
@@ -187,10 +214,6 @@ def _pairs(rows: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> lis
         pair[field] = [float(gap.mean()), *metrics.bootstrap_interval(gap)]
     found.append(pair)
   return found
-
-
-def _file_name(name: str) -> str:
-  return "".join(letter if letter.isalnum() else "_" for letter in name.replace("%", "percent"))
 
 
 def _summary(row: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -83,8 +84,11 @@ def _address(model: models.Decoder, rows: types.Batch, config: ml_collections.Co
   methods_lib.memory.place_shared(model, rows)
 
 
-def build(config: ml_collections.ConfigDict) -> Setting:
+def build(config: ml_collections.ConfigDict, base: Mapping[str, Any] | None = None) -> Setting:
   """The setting of a config; a base model for procedural tasks is trained here.
+
+  Args:
+    base: its params where it is trained already, as `task.pure` has them.
 
   Raises:
     InputError: tasks, a memory or a LoRA that are not to be had, or sizes that do not go together; before any training.
@@ -95,7 +99,9 @@ def build(config: ml_collections.ConfigDict) -> Setting:
   for trained in {continual_methods.get(name, config.continual.write_rule).trained for name in names}:
     _add(nnx.merge(graphdef, params), config, trained)
   tasks = continual_tasks.read(config, tokenizer)
-  if config.continual.source == "procedural":
+  if base is not None:
+    params = task_lib.unpure(params, base)
+  elif config.continual.source == "procedural":
     params = _trained(config, graphdef, params)
   run = sequence.Run(config_lib.num_steps(config), config.batch_size)
   return Setting(

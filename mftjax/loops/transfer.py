@@ -1,9 +1,11 @@
 """A meta-learner's recipes for base models of other widths and for a longer run, against the best rates there."""
 
 import dataclasses
+import functools
+import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +15,12 @@ import numpy as np
 from absl import logging
 
 from mftjax import config as config_lib
-from mftjax import errors, features, files, metrics, objectives, run_folder
+from mftjax import engine, errors, features, files, metrics, objectives, run_folder
 from mftjax import transfer as transfer_lib
 from mftjax.loops import compare, learnt, meta_learn
 from mftjax.loops import setting as setting_lib
 
-FILE = "transfer.json"
+FILE, BUDGET = "transfer.json", "budget"
 RATIO = 1.5  # between two learning rates of a grid
 ONE_RATE, WIDTH_RULE = "one rate", "width rule"  # how a learning rate is taken at another width
 _LONGER = 2  # times the largest budget, for which the law over the budget is checked
@@ -94,7 +96,7 @@ def transfer(
   Each width has a base model of its own, trained by the same recipe; the meta-training's own width is always among
   them, with the very model that was kept. The tasks are the first of those that `experiments.compare` compares on.
   Beside the predictions runs a grid of learning rates, of which the best are chosen by validation rows. All are judged
-  by test rows, after runs with other batches than the grid's.
+  by test rows, after runs with other batches than the grid's. What a width came to is kept in `transfer/`.
 
   Args:
     config: of the meta-training that the workdir holds.
@@ -116,44 +118,83 @@ def transfer(
   """
   base_width, head_size = config.model.hidden_size, config.model.hidden_size // config.model.num_heads
   _check(config, widths, head_size, num_tasks, num_seeds, num_rates)
+  engine.check(config)
   run_folder.check(config, workdir)
-  kept = learnt.load(config, workdir)
-  law = transfer_lib.fit_budget_law(kept.known.hyperparameters["learning_rate"], budgets(kept.known.features))
-  run = Run(kept, num_seeds, num_rates)
-
-  def sized(width):
-    logging.warning("transfer: base model of width %d", width)
-    if width == base_width:
-      setting = setting_lib.build(kept.config)  # with the model that was kept
-    else:
-      other = config.copy_and_resolve_references()
-      other.model.hidden_size, other.model.num_heads = width, width // head_size
-      setting = setting_lib.build(other)
-    found = meta_learn.sample_tasks(config, setting, "unseen", config.compare.num_tasks, config.seed + 2)
-    return setting, compare.repeat(jax.tree.map(lambda x: x[:num_tasks], found), num_seeds)
-
-  base = sized(base_width)
-  at_base, entries = run.predict(*base), []
-  for width in sorted({base_width, *widths}):
-    setting, tasks = base if width == base_width else sized(width)
-    about = {
-      "width": width,
-      "num_heads": width // head_size,
-      "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(setting.model.params)),
-      **feature_shift(kept.known.features, tasks.found.features),
-    }
-    entries.append(about | of_width(run, setting, tasks, width, base_width, at_base))
-  logging.warning("transfer: a run of %d times the largest budget", _LONGER)
-  setting, tasks = base
-  result = {
-    "base_width": base_width,
-    "num_tasks": num_tasks,
-    "num_seeds": num_seeds,
-    "widths": entries,
-    "budget": of_budget(run, setting, tasks, law),
-  }
+  run = Run(learnt.load(config, workdir), num_seeds, num_rates)
+  base = sized(config, run, base_width, num_tasks)
+  asked = config, tuple(sorted({base_width, *widths})), num_tasks, run.predict(*base)
+  folder = workdir / "transfer" / f"{num_tasks}_tasks_{num_seeds}_seeds_{num_rates}_rates"
+  makers = entries(run, base, *asked)
+  paths = {name: folder / f"{files.named(name)}.json" for name in makers}
+  engine.run(config, _entry, paths, makers, _build, workdir, num_seeds, num_rates, *asked)
+  found = {name: json.loads(path.read_text()) for name, path in paths.items()}
+  result = {"base_width": base_width, "num_tasks": num_tasks, "num_seeds": num_seeds}
+  result |= {"budget": found.pop(BUDGET), "widths": list(found.values())}
   files.write_json(workdir / FILE, result)
   return result
+
+
+def sized(
+  config: ml_collections.ConfigDict, run: Run, width: int, num_tasks: int
+) -> tuple[setting_lib.Setting, compare.Tasks]:
+  """The setting of a width, and the tasks that are compared, once for each seed."""
+  logging.warning("transfer: base model of width %d", width)
+  if width == config.model.hidden_size:
+    setting = setting_lib.build(run.kept.config)  # with the model that was kept
+  else:
+    other = config.copy_and_resolve_references()
+    other.model.hidden_size, other.model.num_heads = width, _num_heads(config, width)
+    setting = setting_lib.build(other)
+  found = meta_learn.sample_tasks(config, setting, "unseen", config.compare.num_tasks, config.seed + 2)
+  return setting, compare.repeat(jax.tree.map(lambda x: x[:num_tasks], found), run.num_seeds)
+
+
+def entries(
+  run: Run,
+  base: tuple[setting_lib.Setting, compare.Tasks] | None,
+  config: ml_collections.ConfigDict,
+  widths: Sequence[int],
+  num_tasks: int,
+  at_base: Recipes,
+) -> dict[str, Callable[[], dict[str, Any]]]:
+  """For each width, and for the longer run, what makes its part of the result.
+
+  Args:
+    base: `sized` at the base width; None where that is still to be made.
+    at_base: what is predicted there.
+  """
+  base_width, known = config.model.hidden_size, run.kept.known
+  at_base_width = functools.cache(lambda: base or sized(config, run, base_width, num_tasks))
+
+  def of_one(width):
+    setting, tasks = at_base_width() if width == base_width else sized(config, run, width, num_tasks)
+    about = {
+      "width": width,
+      "num_heads": _num_heads(config, width),
+      "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(setting.model.params)),
+      **feature_shift(known.features, tasks.found.features),
+    }
+    return about | of_width(run, setting, tasks, width, base_width, at_base)
+
+  def of_longer():
+    logging.warning("transfer: a run of %d times the largest budget", _LONGER)
+    law = transfer_lib.fit_budget_law(known.hyperparameters["learning_rate"], budgets(known.features))
+    return of_budget(run, *at_base_width(), law)
+
+  return {f"width {width}": functools.partial(of_one, width) for width in widths} | {BUDGET: of_longer}
+
+
+def _build(workdir: pathlib.Path, num_seeds: int, num_rates: int, config: ml_collections.ConfigDict, *asked: Any):
+  """`entries` as `transfer` has them, in another process."""
+  return entries(Run(learnt.load(config, workdir), num_seeds, num_rates), None, config, *asked)
+
+
+def _entry(makers: Mapping[str, Callable[[], dict[str, Any]]], name: str, path: pathlib.Path) -> None:
+  files.write_json(path, makers[name]())
+
+
+def _num_heads(config: ml_collections.ConfigDict, width: int) -> int:
+  return width * config.model.num_heads // config.model.hidden_size
 
 
 def _check(config, widths, head_size: int, num_tasks: int, num_seeds: int, num_rates: int) -> None:
