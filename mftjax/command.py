@@ -16,7 +16,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mftjax import config as config_lib
-from mftjax import engine, errors, hosts, stopping, trackers, watching
+from mftjax import engine, errors, hosts, results, stopping, trackers, watching
 
 # It would say at each start that torch is missing, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,6 +26,9 @@ _NO_READER = (errno.EPIPE, errno.EIO)  # of a pipe, and of a terminal
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/X.py[:variant]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same command again resumes")
+_RESULTS = flags.DEFINE_string(
+  "results", None, "folder or bucket (gs://...) that the results are copied to when the command is done"
+)
 _HOSTS = flags.DEFINE_bool("hosts", False, "one of several hosts, which a Cloud TPU, GKE, SLURM or Open MPI names")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run this together")
@@ -59,8 +62,11 @@ def _run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
   try:
     config, workdir = _parse()
     engine.set_up(config)
+    target = None if _RESULTS.value is None else results.destination(_RESULTS.value)
     stopping.listen()
     main(config, workdir)
+    if target is not None:
+      hosts.first_does(lambda: results.copy(workdir, target))
   except stopping.Stopped as stopped:
     print(" ".join(["Stopped", *map(str, stopped.args)]) + ". Give the same command to go on.", file=sys.stderr)
   except Exception as error:
@@ -123,7 +129,7 @@ def _is_no_room(error: BaseException | None) -> bool:
 def _flag_help() -> list[str]:
   main_flags = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
   rows = [(flag.name, flag.help) for flag in main_flags]
-  own = (flags.FLAGS[flag.name] for flag in (_HOSTS, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _PROFILE))
+  own = (flags.FLAGS[flag.name] for flag in (_RESULTS, _HOSTS, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _PROFILE))
   rows += [(flag.name, flag.help) for flag in own]
   return ["--config: configs/X.py[:variant]", "--workdir: folder of the run"] + [
     f"--{name}: {text}" for name, text in rows
@@ -140,6 +146,11 @@ def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
     raise errors.InputError(f"Unexpected arguments: {' '.join(rest)}.")
   if config is None or _WORKDIR.value is None:
     raise errors.InputError("Give --config=configs/X.py[:variant] and --workdir=DIR.")
+  if "://" in _WORKDIR.value:
+    raise errors.InputError(
+      f"--workdir={_WORKDIR.value}: a run locks its folder and adds to its files, which a bucket does not allow. "
+      f"Take a folder, and --results={_WORKDIR.value}."
+    )
   engine.split_cpu(loaded(config, "config").get("cpu_devices"))
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _HOSTS.value or any(value is not None for value in processes):
