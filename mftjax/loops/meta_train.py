@@ -102,8 +102,8 @@ def falling_adams(rates: Mapping[str, float], num_steps: int) -> optax.GradientT
 def build_outer_step(config: ml_collections.ConfigDict, network: task_lib.Network):
   """`(frozen, state, fresh_params, is_fresh, inner_batches, outer_batch, rng) -> (state, metrics)`, jitted.
 
-  A step whose loss or meta-gradient is not finite leaves all but the start of a fresh inner run as it was. The state that
-  is given is used up: the new one takes its memory.
+  A step whose loss or meta-gradient is not finite leaves all but the start of a fresh inner run as it was. The state
+  that is given is used up: the new one takes its memory.
   """
   outer = outer_optimizer(config)
   options = config_lib.method_options(config)
