@@ -32,8 +32,8 @@ _RESULTS = flags.DEFINE_string(
 _HOSTS = flags.DEFINE_bool("hosts", False, "one of several hosts, which a Cloud TPU, GKE, SLURM or Open MPI names")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run this together")
-_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which WORKDIR/profile gets a trace")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which WORKDIR/profile gets a trace")
 
 
 def run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str | None) -> None:
@@ -127,13 +127,9 @@ def _is_no_room(error: BaseException | None) -> bool:
 
 
 def _flag_help() -> list[str]:
-  main_flags = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
-  rows = [(flag.name, flag.help) for flag in main_flags]
-  own = (flags.FLAGS[flag.name] for flag in (_RESULTS, _HOSTS, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _PROFILE))
-  rows += [(flag.name, flag.help) for flag in own]
-  return ["--config: configs/X.py[:variant]", "--workdir: folder of the run"] + [
-    f"--{name}: {text}" for name, text in rows
-  ]
+  of = flags.FLAGS.get_flags_for_module
+  shown = [flag for flag in of(sys.modules[__name__]) if flag.name != _CONFIG.name] + of(sys.modules["__main__"])
+  return [f"--{flag.name}: {flag.help}" for flag in [flags.FLAGS[_CONFIG.name], *shown]]
 
 
 def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:

@@ -67,7 +67,7 @@ def test_asked_twice_nothing_is_waited_for(monkeypatch):
 @pytest.fixture
 def listening(monkeypatch):
   monkeypatch.setattr(stopping, "_is_asked", False)
-  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
   stopping.listen()
   yield
   for number, handler in before.items():
