@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, and damage to the newest one costs no more than that one."""
 
+import gc
 import shutil
 
 import jax
@@ -90,6 +91,18 @@ def test_any_damaged_file_is_survived(tmp_path, caplog):
           _, arrays, _ = checkpoints.restore(_arrays(0))
           assert _same(arrays, _arrays(5)), (file, damage)
   assert num_fallbacks >= 4
+
+
+def test_saves_leave_nothing_in_memory(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    sizes = []
+    for last in (5, 10):
+      for step in range(last - 4, last + 1):
+        checkpoints.save(step, _arrays(0), {})
+      checkpoints._checkpoints.wait_until_finished()
+      gc.collect()
+      sizes.append(sum(isinstance(found, list) for found in gc.get_objects()))
+  assert sizes[1] - sizes[0] < 20
 
 
 def test_restores_into_shapes_and_numpy(tmp_path):
