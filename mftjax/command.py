@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import ml_collections
 from absl import flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from mftjax import config as config_lib
@@ -60,9 +61,8 @@ def _run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
     print("\nConfig fields, with their defaults:\n" + config_lib.help_text())
     sys.exit(0)
   try:
-    config, workdir = _parse()
+    config, workdir, target = _parse()
     engine.set_up(config)
-    target = None if _RESULTS.value is None else results.destination(_RESULTS.value)
     stopping.listen()
     main(config, workdir)
     if target is not None:
@@ -132,7 +132,7 @@ def _flag_help() -> list[str]:
   return [f"--{flag.name}: {flag.help}" for flag in [flags.FLAGS[_CONFIG.name], *shown]]
 
 
-def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path, epath.Path | None]:
   try:
     rest = flags.FLAGS(sys.argv)[1:]
     config = _CONFIG.value
@@ -154,7 +154,8 @@ def _parse() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
   config_lib.check(config)
   watching.start(_PROFILE.value, config.stuck_seconds)
   trackers.start(config)
-  return config, pathlib.Path(_WORKDIR.value).absolute()
+  target = None if _RESULTS.value is None else results.destination(_RESULTS.value)
+  return config, pathlib.Path(_WORKDIR.value).absolute(), target
 
 
 def loaded(config: ml_collections.ConfigDict, flag: str) -> ml_collections.ConfigDict:

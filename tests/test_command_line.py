@@ -221,7 +221,7 @@ def test_a_command_computes_in_the_precision_of_its_config(monkeypatch):
   config = config_lib.default()
   config.compilation_cache, config.model.matmul_precision = "", "high"
   monkeypatch.setattr(stopping, "listen", lambda: None)
-  monkeypatch.setattr(command_lib, "_parse", lambda: (config, None))
+  monkeypatch.setattr(command_lib, "_parse", lambda: (config, None, None))
   monkeypatch.setattr(sys, "argv", ["prog"])
   seen, before = [], jax.config.jax_default_matmul_precision
   try:
