@@ -2,7 +2,7 @@
 
 python -m benchmarks.devices [--json=FILE]
 
-The devices are simulated on a CPU and nothing is run: a minute or two on two cores. The model has four layers of width
+The devices are simulated on a CPU and nothing is run: some minutes on two cores. The model has four layers of width
 256 (benchmarks.decoder) with a head of its own, all of it trained; 8 inner steps of 16 x 128 tokens, method `mixed`
 with gradients saved.
 
