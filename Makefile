@@ -85,7 +85,7 @@ types: $(VENV)/.installed-dev  ## mypy
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed-dev  ## pytest
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=30
 
 # Processes of their own, since JAX counts its devices once.
 test-distributed: $(VENV)/.installed-dev  ## pytest on eight simulated devices
