@@ -148,7 +148,7 @@ def test_a_run_that_is_asked_to_stop_ends_with_its_workers(tmp_path):
   said, _ = process.communicate(timeout=60)
   *others, last = said.splitlines()
   assert process.returncode == 0 and last == "Stopped. Give the same command to go on."
-  assert [line.partition(" ")[0] for line in others] == ["Stopping"]  # Ray says nothing
+  assert others[0].startswith("Stopping") and "Traceback" not in said  # Ray may log a line in between
   deadline = time.monotonic() + 30
   while pathlib.Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
     time.sleep(0.05)

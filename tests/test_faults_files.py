@@ -178,8 +178,8 @@ def cache(tmp_path):
   """The folder that compiled programs are kept in, also short ones."""
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = [getattr(jax.config, name) for name in names]
-  command._use_compilation_cache(str(tmp_path / "cache"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update(names[0], str(tmp_path / "cache"))
+  jax.config.update(names[1], 0.0)
   compilation_cache.reset_cache()
   yield tmp_path / "cache"
   for name, value in zip(names, before, strict=True):

@@ -221,6 +221,7 @@ def test_a_run_that_still_writes_is_left_alone(runs, tmp_path, monkeypatch):
 def test_a_terminal_that_closes_stops_the_run_when_it_has_saved(runs, tmp_path, monkeypatch):
   monkeypatch.setattr(stopping, "_is_asked", False)
   before = [signal.getsignal(number) for number in SIGNALS]
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves were started with nohup
   stopping.listen()
   try:
     with pytest.raises(stopping.Stopped, match=f"after step {AT}"):
