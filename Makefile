@@ -1,10 +1,11 @@
 # make quickstart: install, train a small base model, then meta-train, predict, finetune and evaluate on the embedded data.
 # make test: install with the development tools, then lint, types and all tests.
-# Variables: PYTHON (3.11 or newer), VENV, SEED, BASE, WORKDIR.
+# Variables: PYTHON (3.11 or newer), VENV, SEED, BASE, WORKDIR, WORKERS (processes of the tests).
 
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+WORKERS ?= 2
 BASE ?= runs/base-$(SEED)
 WORKDIR ?= runs/quickstart-$(SEED)
 ARGS := --config=configs/quickstart.py --config.seed=$(SEED) --workdir=$(WORKDIR) \
@@ -84,8 +85,9 @@ lint: $(VENV)/.installed-dev  ## ruff, rules and format
 types: $(VENV)/.installed-dev  ## mypy
 	$(BIN)/mypy
 
+# Two processes, since much of the time is one thread's compiling; a file's tests stay together, as its fixtures do.
 unit: $(VENV)/.installed-dev  ## pytest
-	$(BIN)/python -m pytest -q --durations=30
+	$(BIN)/python -m pytest -q --durations=30 --numprocesses=$(WORKERS) --dist=loadfile
 
 # Processes of their own, since JAX counts its devices once.
 test-distributed: $(VENV)/.installed-dev  ## pytest on eight simulated devices
