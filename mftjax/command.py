@@ -70,19 +70,16 @@ def _run(main: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
   except stopping.Stopped as stopped:
     print(" ".join(["Stopped", *map(str, stopped.args)]) + ". Give the same command to go on.", file=sys.stderr)
   except Exception as error:
-    if _is_no_room(error):
-      print(f"error: {error}. Make room, and give the same command to go on from what was saved.", file=sys.stderr)
-      _end_now(1)
-    if hosts.is_lost(error):
-      print("error: Another process of this run is gone. Start all again, and they go on.", file=sys.stderr)
-      _end_now(1)
-    if isinstance(error, errors.MftError):
-      print(f"error: {error}", file=sys.stderr)
-    else:
-      traceback.print_exc()
-    code = 2 if isinstance(error, errors.InputError) else 1
-    if code == 1 and hosts.is_joined():
-      _end_now(code)  # the others may wait for this one, which would wait for them
+    code, said, is_no_room = 1, traceback.format_exc().rstrip(), _is_no_room(error)
+    if is_no_room:
+      said = f"error: {error}. Make room, and give the same command to go on from what was saved."
+    elif hosts.is_lost(error):
+      said = "error: Another process of this run is gone. Start all again, and they go on."
+    elif isinstance(error, errors.MftError):
+      code, said = 2 if isinstance(error, errors.InputError) else 1, f"error: {error}"
+    if is_no_room or (code == 1 and hosts.is_joined()):  # the others may wait for this one, which would wait for them
+      _end_now(code, said)
+    print(said, file=sys.stderr)
     sys.exit(code)
 
 
@@ -110,10 +107,14 @@ def _without_traceback(record: std_logging.LogRecord) -> bool:
   return True
 
 
-def _end_now(code: int) -> None:
-  """Ends with what was said last: threads that still write would each tell the same error again, after it."""
+def _end_now(code: int, last: str) -> None:
+  """Ends with this as the last line: threads that still write would each tell the same error again, after it."""
   sys.stdout.flush()
   sys.stderr.flush()
+  own = os.dup(2)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # all but us
+  with contextlib.suppress(OSError):  # nobody may be there to read it
+    os.write(own, f"{last}\n".encode())
   os._exit(code)
 
 
