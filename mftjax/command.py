@@ -118,13 +118,12 @@ def _end_now(code: int, last: str) -> None:
   os._exit(code)
 
 
-def _is_no_room(error: BaseException | None) -> bool:
+def _is_no_room(error: BaseException) -> bool:
   """Whether an error, or what caused it, is that a disk or a quota is full; tensorstore says so in words alone."""
-  while error is not None:
-    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(os.strerror(x) in str(error) for x in _NO_ROOM):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
+  return any(
+    (isinstance(one, OSError) and one.errno in _NO_ROOM) or any(os.strerror(x) in str(one) for x in _NO_ROOM)
+    for one in errors.with_causes(error)
+  )
 
 
 def _flag_help() -> list[str]:

@@ -1,7 +1,7 @@
 """Errors that tell a user what to change."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class MftError(Exception):
@@ -10,6 +10,13 @@ class MftError(Exception):
 
 class InputError(MftError, ValueError):
   """The user's input is wrong; the command line prints the message and exits with 2."""
+
+
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+  """The error, what caused it, what caused that, and so on."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:

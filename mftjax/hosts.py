@@ -68,13 +68,10 @@ def is_joined() -> bool:
   return jax.distributed.is_initialized()
 
 
-def is_lost(error: BaseException | None) -> bool:
+def is_lost(error: BaseException) -> bool:
   """Whether an error, or what caused it, is that another process is gone; XLA and gloo say so in words alone."""
-  while error is not None and is_joined():
-    if re.search("(closed|reset) by peer|heartbeat|Broken pipe|unhealthy", str(error)):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
+  words = re.compile("(closed|reset) by peer|heartbeat|Broken pipe|unhealthy")
+  return is_joined() and any(words.search(str(one)) for one in errors.with_causes(error))
 
 
 def is_first() -> bool:

@@ -6,7 +6,7 @@ import json
 import pathlib
 import uuid
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import ml_collections
 
@@ -17,14 +17,6 @@ NAMES = ("wandb", "trackio")  # packages of one interface: init, log, finish
 _IDS = "trackers.json"
 
 _config = ml_collections.ConfigDict({"trackers": (), "project": ""})
-
-
-class Tracker(Protocol):
-  """One phase of a run, in one of these programs."""
-
-  def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-  def finish(self) -> None: ...
 
 
 def start(config: ml_collections.ConfigDict) -> None:
@@ -40,12 +32,12 @@ def start(config: ml_collections.ConfigDict) -> None:
   _config = config
 
 
-def open_all(workdir: pathlib.Path, phase: str) -> list[Tracker]:
+def open_all(workdir: pathlib.Path, phase: str) -> "list[Tracker]":
   """A run of each tracker for a phase, `WORKDIR's name/PHASE`; the same one when the phase goes on."""
-  return [_Package(name, workdir, phase) for name in _config.trackers]
+  return [Tracker(name, workdir, phase) for name in _config.trackers]
 
 
-class _Package:
+class Tracker:
   """A phase, as a run of a package with the interface of Weights & Biases."""
 
   def __init__(self, name: str, workdir: pathlib.Path, phase: str):

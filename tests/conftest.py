@@ -1,6 +1,7 @@
 """What several files of tests share, made once."""
 
 import gc
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from pages import ROOT, faults
 
 from configs import compare as compare_config
-from mftjax import run_folder
+from mftjax import run_folder, stopping
 from mftjax.data import meta_tasks
 from mftjax.loops import learnt, many_tasks, meta_learn
 from mftjax.loops import setting as setting_lib
@@ -38,6 +39,18 @@ def let_go():
   """Of the folders of runs, which a test's own process may not keep from the commands that it starts."""
   yield
   run_folder.release()
+
+
+@pytest.fixture
+def listening(monkeypatch):
+  """Signals end what this process runs, as they do a command."""
+  monkeypatch.setattr(stopping, "_is_asked", False)
+  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves were started with nohup
+  stopping.listen()
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

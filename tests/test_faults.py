@@ -64,16 +64,6 @@ def test_asked_twice_nothing_is_waited_for(monkeypatch):
       stopping._ask(signal.SIGTERM, None)
 
 
-@pytest.fixture
-def listening(monkeypatch):
-  monkeypatch.setattr(stopping, "_is_asked", False)
-  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-  stopping.listen()
-  yield
-  for number, handler in before.items():
-    signal.signal(number, handler)
-
-
 def test_asked_where_nothing_can_be_raised_it_is_raised_later(listening):
   def callback(phase, info):
     if phase == "start" and not asked:

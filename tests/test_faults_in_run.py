@@ -18,9 +18,9 @@ from mftjax import errors, recipe, run_folder, stopping, tracking
 from mftjax.loops import finetune, meta_train, predict
 from mftjax.loops import task as task_lib
 from tests.commands import numbers
+from tests.interrupted import cut_off
 
 AT = 3  # the outer step after which something happens
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Runs:
@@ -49,17 +49,7 @@ class Runs:
 
   def cut_off(self, workdir, then=lambda: None):
     """Starts a run, has something done after some steps, and ends it a step later."""
-    log = tracking.Tracker.log
-
-    def cut_off(tracker, step, values):
-      log(tracker, step, values)
-      if step == AT:
-        then()
-      if step == AT + 1:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-      patch.setattr(tracking.Tracker, "log", cut_off)
+    with cut_off(AT + 1, AT, then):
       self.start(workdir)
 
   def is_as_undisturbed(self, workdir):
@@ -218,17 +208,9 @@ def test_a_run_that_still_writes_is_left_alone(runs, tmp_path, monkeypatch):
   assert half_done.exists()
 
 
-def test_a_terminal_that_closes_stops_the_run_when_it_has_saved(runs, tmp_path, monkeypatch):
-  monkeypatch.setattr(stopping, "_is_asked", False)
-  before = [signal.getsignal(number) for number in SIGNALS]
-  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves were started with nohup
-  stopping.listen()
-  try:
-    with pytest.raises(stopping.Stopped, match=f"after step {AT}"):
-      runs.cut_off(tmp_path / "run", lambda: signal.raise_signal(signal.SIGHUP))
-  finally:
-    for number, handler in zip(SIGNALS, before, strict=True):
-      signal.signal(number, handler)
+def test_a_terminal_that_closes_stops_the_run_when_it_has_saved(runs, tmp_path, listening, monkeypatch):
+  with pytest.raises(stopping.Stopped, match=f"after step {AT}"):
+    runs.cut_off(tmp_path / "run", lambda: signal.raise_signal(signal.SIGHUP))
   monkeypatch.setattr(stopping, "_is_asked", False)
   runs.start(tmp_path / "run")
   assert runs.is_as_undisturbed(tmp_path / "run")

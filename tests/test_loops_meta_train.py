@@ -12,6 +12,7 @@ from mftjax import recipe, tracking
 from mftjax.data import mixture
 from mftjax.loops import finetune, meta_train, predict
 from mftjax.loops import task as task_lib
+from tests.interrupted import cut_off
 
 
 @pytest.fixture(scope="module")
@@ -26,23 +27,15 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   network, _ = task_lib.build_network(config)
   outer_step = meta_train.build_outer_step(config, network)
-  log, unpure = tracking.Tracker.log, task_lib.unpure
-
-  def cut_off(tracker, step, values):
-    log(tracker, step, values)
-    if step == 5:
-      raise KeyboardInterrupt
-
+  unpure = task_lib.unpure
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(meta_train, "build_outer_step", lambda *_: outer_step)  # compiled once,
     # which arrays that a checkpoint has put onto a device would undo
     to_numpy = lambda arrays: jax.tree.map(np.asarray, arrays)
     patch.setattr(task_lib, "unpure", lambda like, arrays: unpure(like, to_numpy(arrays)))
     meta_train.meta_train(config, folder / "whole")
-    with pytest.MonkeyPatch.context() as cut:
-      cut.setattr(tracking.Tracker, "log", cut_off)
-      with pytest.raises(KeyboardInterrupt):
-        meta_train.meta_train(config, folder / "cut")
+    with cut_off(5):
+      meta_train.meta_train(config, folder / "cut")
     assert meta_train.restore(config, network, folder / "cut")[0] == 4
     meta_train.meta_train(config, folder / "cut")
   return config, network, folder / "whole", folder / "cut"

@@ -183,7 +183,7 @@ def compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
   engine.check(config)
   learnt = meta_learn.meta_learn(config, workdir)
   setting, limits = learnt.setting, config.compare
-  tasks = _unseen(config, setting)
+  tasks = repeat(unseen(config, setting), limits.num_seeds)
   paths = {name: workdir / "choices" / f"{files.named(name)}.npz" for name in limits.methods or METHODS}
   engine.run(config, _choose, paths, choosers(config, learnt, tasks), _build, config, workdir)
   choices = {name: _read_choice(path) for name, path in paths.items()}
@@ -221,10 +221,9 @@ def final_losses(setting: setting_lib.Setting, tasks: Tasks, choice: Choice) -> 
   return jnp.where(jnp.isfinite(found), found, DIVERGED)
 
 
-def _unseen(config: ml_collections.ConfigDict, setting: setting_lib.Setting) -> Tasks:
+def unseen(config: ml_collections.ConfigDict, setting: setting_lib.Setting) -> meta_learn.TaskSet:
   """The tasks compared on."""
-  found = meta_learn.sample_tasks(config, setting, "unseen", config.compare.num_tasks, config.seed + 2)
-  return repeat(found, config.compare.num_seeds)
+  return meta_learn.sample_tasks(config, setting, "unseen", config.compare.num_tasks, config.seed + 2)
 
 
 def _build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Callable[[], Choice]]:
@@ -232,7 +231,7 @@ def _build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str
   kept = learnt_lib.load(config, workdir)
   setting = setting_lib.build(kept.config)  # with the model that was kept
   learnt = meta_learn.Learnt(setting, kept.graphdef, kept.state, kept.spread_factor)
-  return choosers(config, learnt, _unseen(config, setting))
+  return choosers(config, learnt, repeat(unseen(config, setting), config.compare.num_seeds))
 
 
 def _choose(methods: Mapping[str, Callable[[], Choice]], name: str, path: pathlib.Path) -> None:

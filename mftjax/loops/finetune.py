@@ -150,7 +150,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
       num_devices=network.layout.mesh.size,
     )
     with tracker:
-      waiting: dict[int, jax.Array] = {}  # step -> its loss
+      unread: list[tuple[int, jax.Array]] = []  # steps and their losses
       for step in tracker.steps():
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         with tracker.input():
@@ -158,12 +158,12 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
           batch = dataclasses.replace(batch, proposal=np.full_like(batch.proposal, 1 / len(names)))
           batch = network.layout.place_rows(batch)
         state, loss = train_step(network.frozen, meta_params, state, batch, key)
-        # The loss before is read while this step runs: the devices never wait for the host.
-        _log(tracker, waiting)
-        waiting = {step + 1: loss}
-        if checkpoints.is_due(step + 1, num_steps, config.checkpoint_every):
-          _log(tracker, waiting)
-          waiting = {}
+        unread.append((step, loss))
+        is_due = checkpoints.is_due(step + 1, num_steps, config.checkpoint_every)
+        # But for what is saved, a loss is read while the next step runs: the devices never wait for the host.
+        while len(unread) > (0 if is_due else 1):
+          _log(tracker, workdir, *unread.pop(0))
+        if is_due:
           checkpoints.save(step + 1, task_lib.pure(state), {"stream": stream.state()})
   params = sft.adapted(metagrad.read_params(build_problem(network.frozen), state), values)
   whole = hosts.whole((network.frozen, params, memory))
@@ -173,13 +173,12 @@ def finetune(config: ml_collections.ConfigDict, workdir: pathlib.Path, given: st
   return folder / "model"
 
 
-def _log(tracker: tracking.Tracker, losses: Mapping[int, jax.Array]) -> None:
-  """Writes the loss of each of these steps.
+def _log(tracker: tracking.Tracker, workdir: pathlib.Path, step: int, loss: jax.Array) -> None:
+  """Writes the loss of a step.
 
   Raises:
-    MftError: one is not finite.
+    MftError: it is not finite.
   """
-  for step, loss in losses.items():
-    if not np.isfinite(float(loss)):
-      raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see metrics.jsonl.")
-    tracker.log(step, {"loss": float(loss)})
+  if not np.isfinite(float(loss)):
+    raise errors.MftError(f"The loss of fine-tuning step {step} is {float(loss)}; see {workdir}/metrics.jsonl.")
+  tracker.log(step + 1, {"loss": float(loss)})

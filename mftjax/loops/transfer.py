@@ -145,8 +145,8 @@ def sized(
     other = config.copy_and_resolve_references()
     other.model.hidden_size, other.model.num_heads = width, _num_heads(config, width)
     setting = setting_lib.build(other)
-  found = meta_learn.sample_tasks(config, setting, "unseen", config.compare.num_tasks, config.seed + 2)
-  return setting, compare.repeat(jax.tree.map(lambda x: x[:num_tasks], found), run.num_seeds)
+  found = jax.tree.map(lambda x: x[:num_tasks], compare.unseen(config, setting))
+  return setting, compare.repeat(found, run.num_seeds)
 
 
 def entries(

@@ -1,12 +1,12 @@
 """A run that is cut off on one mesh and goes on, on another, to the numbers of one device."""
 
 import numpy as np
-import pytest
 import tiny_config
 
 from mftjax import config as config_lib
 from mftjax import run_folder, tracking
 from mftjax.loops import meta_train
+from tests.interrupted import cut_off
 
 
 def config_of(**parallel):
@@ -19,19 +19,10 @@ def config_of(**parallel):
   return config
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
+def test_a_run_goes_on_on_another_mesh(tmp_path):
   meta_train.meta_train(config_of(), tmp_path / "one")
-  log = tracking.Tracker.log
-
-  def cut_off(tracker, step, values):
-    log(tracker, step, values)
-    if step == 3:
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(tracking.Tracker, "log", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-      meta_train.meta_train(config_of(fsdp=8), tmp_path / "moved")
+  with cut_off(3):
+    meta_train.meta_train(config_of(fsdp=8), tmp_path / "moved")
   run_folder.release()
   meta_train.meta_train(config_of(data=2, tensor=2), tmp_path / "moved")
   lines = [tracking.read(tmp_path / name / "metrics.jsonl") for name in ("one", "moved")]
