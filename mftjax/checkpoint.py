@@ -37,10 +37,10 @@ class Checkpoints:
     if keep < 1:
       raise InputError(f"keep must be at least 1, got {keep}.")
     self._directory = pathlib.Path(directory).absolute()
+    hosts.first_does(self._clear)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=True,
-      cleanup_tmp_directories=True,
       async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
     )
     self._checkpoints = ocp.CheckpointManager(self._directory, options=options, item_names=("arrays", "data"))
@@ -157,6 +157,11 @@ class Checkpoints:
       yield
     except Exception as error:  # what orbax raises depends on what its threads met
       raise MftError(f"{self._directory}: a checkpoint cannot be written: {_first_line(error)}") from error
+
+  def _clear(self) -> None:
+    # Orbax would do it in a thread that goes on after `close`, in the way of whoever opens this folder next.
+    for half_written in ocp.path.step.all_temporary_paths(self._directory):
+      half_written.get().rmtree()
 
   def _set_aside(self, torn: list[int]) -> None:
     # Orbax never saves a step that is not newer than what it finds, so a torn one would block the run.

@@ -93,6 +93,17 @@ def test_any_damaged_file_is_survived(tmp_path, caplog):
   assert num_fallbacks >= 4
 
 
+def test_what_is_half_written_is_gone_once_the_folder_is_open(tmp_path):
+  for number in range(200):
+    half_written = tmp_path / f"{number}.orbax-checkpoint-tmp" / "arrays"
+    half_written.mkdir(parents=True)
+    (half_written / "shard").write_text("half")
+  for _ in range(2):  # at once one after another, as a command reads first and then goes on
+    checkpoints = Checkpoints(tmp_path)
+    assert not list(tmp_path.glob("*-tmp"))
+    checkpoints.close()
+
+
 def test_saves_leave_nothing_in_memory(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     sizes = []
