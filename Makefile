@@ -87,7 +87,7 @@ types: $(VENV)/.installed-dev  ## mypy
 
 # Two processes, since much of the time is one thread's compiling; a file's tests stay together, as its fixtures do.
 unit: $(VENV)/.installed-dev  ## pytest
-	$(BIN)/python -m pytest -q --durations=30 --numprocesses=$(WORKERS) --dist=loadfile
+	$(BIN)/python -m pytest -q --durations=30 --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 # Processes of their own, since JAX counts its devices once.
 test-distributed: $(VENV)/.installed-dev  ## pytest on eight simulated devices

@@ -19,11 +19,16 @@ from mftjax.loops import task as task_lib
 
 
 def pytest_collection_modifyitems(items):
-  """Marks the tests that docs/faults.md names (`make test-faults`)."""
+  """Marks the tests that docs/faults.md names (`make test-faults`), and begins with the files that take long.
+
+  So of two processes none is left alone with a long one at the end.
+  """
   named = set(faults())
   for item in items:
     if (item.path.relative_to(ROOT).as_posix(), item.originalname) in named:
       item.add_marker(pytest.mark.fault)
+  long = {item.path for item in items if item.get_closest_marker("slow")}
+  items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,14 +1,9 @@
-"""Many tasks in one program: against plain runs one by one, and the comparison as a user starts it."""
-
-import json
-import subprocess
-import sys
+"""Many tasks in one program: against plain runs one by one, and what trains the learner."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pages import ROOT
 
 from configs import compare as compare_config
 from experiments import meta_train as experiment
@@ -176,46 +171,3 @@ def test_meta_train_trains_the_learner_that_the_config_names_and_resumes(
   assert (tmp_path / "metrics.jsonl").read_bytes() == metrics and metrics.count(b"meta_learn") == 2
   fitted = meta_learn.init_learner(config, setting, sample(config, setting, "train", 8, config.seed))[1].learner
   np.testing.assert_allclose(learnt.state["mean"]["source"][...], fitted["mean"]["source"][...], rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_the_comparison_as_a_user_starts_it(tmp_path):
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.compare",
-    "--config=configs/compare.py:tiny",
-    f"--workdir={tmp_path}/run",
-  ]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-  assert done.returncode == 0, done.stderr
-  table = json.loads((tmp_path / "run" / "compare.json").read_text())
-  rows = {row["name"]: row for row in table["rows"]}
-  assert {"uniform, default", "TPE", "ASHA", "random search", "predicted", "predicted, refined", "direct"} <= set(rows)
-  assert rows["TPE"]["runs"] == rows["random search"]["runs"] == 12 >= rows["ASHA"]["runs"] > 11
-  assert 0 < rows["predicted"]["runs"] < rows["predicted, refined"]["runs"]
-  assert all(row["low"] <= row["improvement"] <= row["high"] for row in table["rows"])
-  assert 0 <= table["coverage"] <= 1
-  assert "TPE" in done.stdout
-  assert (tmp_path / "run" / "compare.html").exists()
-
-  # What it leaves predicts for a task of one's own, and agrees with itself about the base model.
-  command[2], command[-1:] = "experiments.predict", [command[-1], "--task=tests/own_task.py", "--front=0"]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-  assert done.returncode == 0, done.stderr
-  found = json.loads((tmp_path / "run" / "tasks" / "own" / "recipe.json").read_text())
-  assert set(found["mixture"]) == {"copying", "modular", "wrong"}
-  kept = json.loads((tmp_path / "run" / "meta_learner.json").read_text())
-  assert found["provenance"]["model_digest"] == kept["model_digest"]
-  assert "expected" in done.stdout and (tmp_path / "run" / "tasks" / "own" / "report.html").exists()
-
-  # What each method chose is kept; what is missing is the same through Ray.
-  choices = tmp_path / "run" / "choices"
-  assert len(list(choices.glob("*.npz"))) == len(compare.METHODS)
-  for name in ("TPE", "direct"):
-    (choices / f"{name}.npz").unlink()
-  command[2], command[5:] = "experiments.compare", ["--config.engine=ray", "--config.ray.workers=2"]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-  assert done.returncode == 0, done.stderr
-  assert "direct is done" in done.stderr and len(list(choices.glob("*.npz"))) == len(compare.METHODS)
-  assert json.loads((tmp_path / "run" / "compare.json").read_text()) == table
