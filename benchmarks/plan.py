@@ -4,8 +4,7 @@ python -m benchmarks.plan [--json=FILE] [--cases="NAME;..."] [--platform=tpu|cpu
 
 The very program of `experiments.meta_train` is compiled for a cluster that is not there, from the shapes of the arrays:
 for TPU v5p by libtpu, which needs no TPU (`pip install libtpu` of the version that `jax[tpu]` asks for), or, with
-`--platform=cpu`, for as many devices of a CPU. A case takes four minutes or
-more of one core.
+`--platform=cpu`, for as many devices of a CPU. A case takes four minutes or more of one core.
 
 Llama-3-8B's shape on 64 devices and Llama-3-70B's on 256; method `mixed`, 16 inner steps; parameters and Adam's state
 in f32, computation in bf16, layer remat, blockwise attention. `full` trains all parameters, `lora` a LoRA of rank 16

@@ -65,17 +65,20 @@ def reclaim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   Before checkpoints are read, as that clears away what a run that still writes there has half done.
   """
-  check(config, workdir)
-  if (workdir / "config.json").exists():
-    claim(config, workdir)
+  if hosts.any_of(check(config, workdir)):  # none goes on to write it before all have looked
+    hosts.first_does(lambda: _claim(config, workdir))
 
 
-def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises `InputError` if the workdir holds another config; the message names the first field that differs."""
+def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bool:
+  """Whether the workdir has a run in it.
+
+  Raises:
+    InputError: one of another config; the message names the first field that differs.
+  """
   path = workdir / "config.json"
   try:
     if not path.exists():
-      return
+      return False
     theirs = config_lib.flatten(json.loads(path.read_text()))
   except OSError as error:
     raise errors.InputError(f"{path} cannot be read: {error.strerror}. Give another --workdir.") from error
@@ -88,6 +91,7 @@ def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         f"{workdir} belongs to another config: {name} is {theirs.get(name)!r} there and {mine.get(name)!r} here. "
         "Take another --workdir or the config it was made with."
       )
+  return True
 
 
 def release() -> None:
